@@ -1,0 +1,193 @@
+"""All configuration: frozen dataclasses, validated when they are made, nested by stage.
+
+Time inside the engine is counted in samples at 16 kHz. One encoder frame is 20 ms (320 samples),
+one CTC frame 40 ms, one query 80 ms. A chunk is a whole number of queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sparqle_stream.errors import ConfigError
+
+SAMPLE_RATE_HZ = 16_000
+FRAME_SAMPLES = 320  # one encoder frame, 20 ms
+FRAMES_PER_QUERY = 4  # one query, 80 ms
+FRAMES_PER_CTC = 2  # one CTC frame, 40 ms
+QUERY_MS = 80
+CHUNK_MS_RANGE = (80, 1280)
+DELAY_MS_RANGE = (0, 960)
+# Encoder frame p is heard once 320 * (p + 1) samples are in; its centre lies this much earlier
+# (20 ms through the causal mel window, 20 ms through the convolution stem).
+FRAME_LAG_SAMPLES = 640
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureConfig:
+    """Streaming log-mel in Whisper's scale."""
+
+    n_fft: int = 400
+    hop_samples: int = 160
+    n_mels: int = 80
+    max_log10: float = 1.5  # stands in for Whisper's maximum over the utterance
+    gain_target: float = 1.0  # log10 level that the automatic gain aims the peaks at
+    gain_max: float = 2.6  # log10 units: 26 dB
+    gain_decay_per_s: float = 0.2  # log10 units a second: 2 dB/s
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """Chunk-causal Whisper encoder. `left_frames` is the K/V ring of every layer."""
+
+    n_mels: int = 80
+    width: int = 512
+    n_heads: int = 8
+    n_layers: int = 6
+    n_positions: int = 1500
+    left_frames: int = 256
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.n_heads
+
+
+@dataclass(frozen=True, slots=True)
+class CtcConfig:
+    """CTC head over pairs of encoder frames. Piece 0 is blank."""
+
+    width: int = 512
+    hidden: int = 512
+    n_pieces: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class QFormerConfig:
+    """Queries: one per 80 ms. `kind` is 'window' (streaming), 'stack' (baseline) or 'utterance'."""
+
+    kind: str = "window"
+    width: int = 512
+    n_heads: int = 8
+    n_layers: int = 2
+    ffn: int = 2048
+    encoder_width: int = 512
+    llm_width: int = 576
+    n_pieces: int = 256
+    n_phases: int = 16  # queries are told how many more queries follow in their chunk
+    frame_ring: int = 64  # encoder frames of the past that cross-attention sees (1.28 s)
+    query_ring: int = 64  # past queries that self-attention sees (5.12 s)
+    n_delays: int = 13  # 0, 80 .. 960 ms
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("window", "stack", "utterance"):
+            raise ConfigError(
+                f"unknown qformer kind {self.kind!r}", hint="use window, stack or utterance"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LlmConfig:
+    """Shape of a Llama-family decoder. `n_slot` is the K/V length of one stream's slot."""
+
+    width: int = 576
+    n_layers: int = 30
+    n_heads: int = 9
+    n_kv_heads: int = 3
+    head_width: int = 64
+    ffn: int = 1536
+    vocab: int = 49_152
+    rope_theta: float = 100_000.0
+    rms_eps: float = 1e-5
+    n_slot: int = 640
+
+
+@dataclass(frozen=True, slots=True)
+class VadConfig:
+    """Speech detector and segmenter."""
+
+    kind: str = "silero"  # silero | webrtc | off
+    stop_ms: int = 200  # silence after which a segment ends
+    preroll_ms: int = 240  # audio kept from before the detected start
+    min_speech_ms: int = 96
+    threshold: float = 0.5
+    threshold_off: float = 0.35
+    webrtc_mode: int = 2
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("silero", "webrtc", "off"):
+            raise ConfigError(
+                f"unknown VAD {self.kind!r}", hint="use --vad silero, webrtc or off"
+            )
+        if not 32 <= self.stop_ms <= 5000:
+            raise ConfigError(
+                f"--vad-stop {self.stop_ms} ms is out of range", hint="use 32 to 5000 ms"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionConfig:
+    """Text rules: caps against loops and invention (DESIGN rule 9)."""
+
+    max_tokens_per_s: float = 12.0
+    repeat_ngram: int = 6  # this many tokens, repeated `repeat_times` in a row, stop the segment
+    repeat_times: int = 3
+    no_text_warning_s: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """What one stream may choose at run time."""
+
+    chunk_ms: int = 320
+    delay_ms: int = 240
+    prompt: str = ""
+    vad: VadConfig = field(default_factory=VadConfig)
+    max_segment_s: float = 24.0
+
+    def __post_init__(self) -> None:
+        low, high = CHUNK_MS_RANGE
+        if not low <= self.chunk_ms <= high or self.chunk_ms % QUERY_MS:
+            raise ConfigError(
+                f"--chunk-ms {self.chunk_ms} cannot be used",
+                hint=f"use a multiple of {QUERY_MS} from {low} to {high}",
+            )
+        low, high = DELAY_MS_RANGE
+        if not low <= self.delay_ms <= high:
+            raise ConfigError(f"--delay-ms {self.delay_ms} is out of range", hint=f"{low}..{high}")
+
+    @property
+    def chunk_samples(self) -> int:
+        return self.chunk_ms * SAMPLE_RATE_HZ // 1000
+
+    @property
+    def chunk_frames(self) -> int:
+        return self.chunk_samples // FRAME_SAMPLES
+
+    @property
+    def chunk_queries(self) -> int:
+        return self.chunk_ms // QUERY_MS
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shapes of one whole model; stored as JSON beside its weights."""
+
+    name: str = "sparqle-base-en"
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    ctc: CtcConfig = field(default_factory=CtcConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine: one device, `n_slots` streams, one chunk size for all of them."""
+
+    n_slots: int = 16
+    chunk_ms: int = 320
+    threads: int = 0  # 0: as many as there are cores
+    dtype: str = "float32"  # float32 | bfloat16
+    compute: str = "cpu"  # cpu | cuda
+    backlog_s: float = 30.0  # audio a stream may have waiting
+    context_words: int = 8  # words carried into the next segment as text

@@ -1,0 +1,1 @@
+"""The training kit: from manifests of speech to weights in `sparqle_stream/assets`."""

@@ -1,0 +1,95 @@
+"""Corpora on disk: manifests of audio files -> one memory-mapped int16 file and an index.
+
+A *pack* is a folder with `audio.i16` (all clips one after another, 16 kHz mono) and
+`index.jsonl` (one object a clip: id, start and length in samples, text, speaker, corpus, licence).
+Decoding compressed audio once makes an epoch cheap and keeps training free of codecs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+SAMPLE_RATE_HZ = 16_000
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One utterance of a pack: `start` and `length` in samples at 16 kHz."""
+
+    id: str
+    start: int
+    length: int
+    text: str
+    speaker: str
+    corpus: str
+    licence: str
+
+    @property
+    def seconds(self) -> float:
+        return self.length / SAMPLE_RATE_HZ
+
+
+class Pack:
+    """A folder of decoded speech, read through a memory map."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.samples: NDArray[np.int16] = np.memmap(folder / "audio.i16", np.int16, mode="r")
+        lines = (folder / "index.jsonl").read_text().splitlines()
+        self.clips = [Clip(**json.loads(line)) for line in lines]
+
+    def pcm(self, clip: Clip) -> NDArray[np.float32]:
+        """PCM (S,) float32 in -1..1."""
+        raw = self.samples[clip.start : clip.start + clip.length]
+        return raw.astype(np.float32) / 32768.0
+
+
+class PackWriter:
+    """Appends clips to a pack; the index is written clip by clip, so a killed run can be seen."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._audio = (folder / "audio.i16").open("wb")
+        self._index = (folder / "index.jsonl").open("w")
+        self._n_samples = 0
+
+    def add(self, pcm: NDArray[np.int16], **facts: str) -> None:
+        self._audio.write(pcm.tobytes())
+        clip = Clip(start=self._n_samples, length=len(pcm), **facts)
+        self._index.write(json.dumps(asdict(clip)) + "\n")
+        self._n_samples += len(pcm)
+
+    def close(self) -> None:
+        self._audio.close()
+        self._index.close()
+
+
+def decode_file(path: Path) -> NDArray[np.int16]:
+    """Any audio file that PyAV opens -> PCM (S,) int16 at 16 kHz, mono."""
+    import av
+
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
+    parts: list[NDArray[np.int16]] = []
+    with av.open(str(path)) as container:
+        for frame in container.decode(audio=0):
+            parts += [out.to_ndarray().reshape(-1) for out in resampler.resample(frame)]
+        parts += [out.to_ndarray().reshape(-1) for out in resampler.resample(None)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int16)
+
+
+def read_manifest(folder: Path) -> Iterator[dict[str, str]]:
+    """Objects of `folder/manifest.jsonl`, paths made absolute."""
+    for line in (folder / "manifest.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        row["audio"] = str(folder / row["audio"])
+        yield row
+
+
+def open_packs(folders: Iterable[Path]) -> list[Pack]:
+    return [Pack(folder) for folder in folders]

@@ -63,7 +63,14 @@ def command_for(voice: str, text: str, out: Path, rng: random.Random) -> list[st
         speed, pitch = rng.randint(130, 200), rng.randint(25, 75)
         return ["espeak-ng", "-v", name, "-s", str(speed), "-p", str(pitch), "-w", str(out), text]
     if engine == "festival":
-        return ["text2wave", "-eval", f"(voice_{name})", "-o", str(out), str(out.with_suffix(".txt"))]
+        return [
+            "text2wave",
+            "-eval",
+            f"(voice_{name})",
+            "-o",
+            str(out),
+            str(out.with_suffix(".txt")),
+        ]
     raise ValueError(f"unknown synthesizer {engine!r}; known: flite, espeak, festival")
 
 

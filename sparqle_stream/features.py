@@ -1,0 +1,125 @@
+"""Features: PCM (B, S) float32 -> log-mel (B, S / 160, 80) in Whisper's scale.
+
+Contract: strictly causal; S is a multiple of 160 and every step emits exactly S / 160 frames.
+Frame i covers samples [160 i - 360, 160 i + 40) and so equals Whisper's centred frame i - 1; that
+is the stage's whole latency (12.5 ms from the centre of a frame to its last sample, rounded up to
+the hop). Two things differ from Whisper: the maximum over the utterance is a constant, and a slow,
+bounded gain lifts quiet speech, both because a stream cannot know its future.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparqle_stream.config import SAMPLE_RATE_HZ, FeatureConfig
+from sparqle_stream.errors import AudioFormatError
+
+LOOK_BACK_SAMPLES = 360
+FLOOR_DB8 = 8.0  # Whisper clamps at maximum - 8 in log10 units
+FIRST_PEAK = 1.0  # level the gain tracker assumes before it has heard anything
+
+
+@dataclass(slots=True)
+class FeatureState:
+    tail: Tensor  # (B, 360) samples before the next frame's hop
+    peak: Tensor  # (B,) slow maximum of the log10 mel spectrum, what the gain looks at
+
+
+def init_state(
+    cfg: FeatureConfig, batch: int, *, device: torch.device | str = "cpu"
+) -> FeatureState:
+    return FeatureState(
+        tail=torch.zeros(batch, LOOK_BACK_SAMPLES, device=device),
+        peak=torch.full((batch,), FIRST_PEAK, device=device),
+    )
+
+
+def reset_rows(state: FeatureState, mask: Tensor) -> None:
+    """Rows of `mask` (B,) start a new segment; the gain keeps what it learned of the speaker."""
+    state.tail[mask] = 0.0
+
+
+def forget_rows(state: FeatureState, mask: Tensor) -> None:
+    """Rows of `mask` (B,) become new streams."""
+    state.tail[mask] = 0.0
+    state.peak[mask] = FIRST_PEAK
+
+
+def step(
+    cfg: FeatureConfig, state: FeatureState, pcm: Tensor, active: Tensor
+) -> tuple[FeatureState, Tensor]:
+    """pcm (B, S), active (B,) -> log-mel (B, S / 160, 80); zeros for inactive rows."""
+    if pcm.shape[1] % cfg.hop_samples:
+        raise AudioFormatError(
+            f"a step takes a multiple of {cfg.hop_samples} samples, got {pcm.shape[1]}",
+            hint="the pipeline cuts audio into chunks; call it instead",
+        )
+    out = pcm.new_zeros(pcm.shape[0], pcm.shape[1] // cfg.hop_samples, cfg.n_mels)
+    rows = active.nonzero()[:, 0]
+    if len(rows) == 0 or out.shape[1] == 0:
+        return state, out
+    wave = torch.cat([state.tail[rows], pcm[rows]], dim=1)
+    mel, peak = log_mel(cfg, wave, state.peak[rows])
+    out[rows] = mel
+    state.tail[rows] = wave[:, -LOOK_BACK_SAMPLES:]
+    state.peak[rows] = peak
+    return state, out
+
+
+def log_mel(cfg: FeatureConfig, wave: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """wave (B, 360 + S), peak (B,) -> log-mel (B, S / 160, 80), new peak (B,).
+
+    Whisper's formula (Radford et al., 2022): power spectrum of a Hann window of 400, Slaney mel
+    filters, log10 clamped to maximum - 8, then (x + 4) / 4.
+    """
+    n_frames = (wave.shape[1] - LOOK_BACK_SAMPLES) // cfg.hop_samples
+    frames = wave.unfold(1, cfg.n_fft, cfg.hop_samples)[:, :n_frames]  # (B, F, 400)
+    spectrum = torch.fft.rfft(frames * _hann(cfg.n_fft, wave.device))
+    power = spectrum.real.square() + spectrum.imag.square()
+    mel = power @ _mel_filters(cfg.n_mels, cfg.n_fft, wave.device)
+    log = mel.clamp(min=1e-10).log10()
+    gain, peak = _slow_gain(cfg, log.amax(dim=2), peak)
+    log = (log + gain[:, :, None]).clamp(min=cfg.max_log10 - FLOOR_DB8)
+    return (log + 4.0) / 4.0, peak
+
+
+def _slow_gain(cfg: FeatureConfig, loud: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """loud (B, F), peak (B,) -> gain (B, F) in log10 units, new peak (B,).
+
+    The peak follows loudness up at once and falls by `gain_decay_per_s`; a running maximum of
+    loud_i + decay * i gives all frames at once and the same values for any cut.
+    """
+    decay = cfg.gain_decay_per_s * cfg.hop_samples / SAMPLE_RATE_HZ
+    ramp = decay * torch.arange(1, loud.shape[1] + 1, device=loud.device)
+    floor = cfg.gain_target - cfg.gain_max
+    slow = torch.maximum((loud + ramp).cummax(dim=1).values, peak[:, None]) - ramp
+    slow = slow.clamp(min=floor)
+    return (cfg.gain_target - slow).clamp(min=0.0), slow[:, -1]
+
+
+@functools.cache
+def _hann(n: int, device: torch.device) -> Tensor:
+    return torch.hann_window(n, device=device)
+
+
+@functools.cache
+def _mel_filters(n_mels: int, n_fft: int, device: torch.device) -> Tensor:
+    """Slaney's mel filter bank (n_fft / 2 + 1, n_mels), 0 .. 8 kHz, area-normalised."""
+    low_hz, low_mel, step = 1000.0, 15.0, 200.0 / 3.0
+    log_step = np.log(6.4) / 27.0
+
+    def to_hz(mel: np.ndarray) -> np.ndarray:
+        return np.where(mel < low_mel, mel * step, low_hz * np.exp((mel - low_mel) * log_step))
+
+    top = low_mel + np.log(SAMPLE_RATE_HZ / 2 / low_hz) / log_step
+    edges = to_hz(np.linspace(0.0, top, n_mels + 2))
+    bins = np.linspace(0.0, SAMPLE_RATE_HZ / 2, n_fft // 2 + 1)
+    rise = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
+    bank = np.maximum(0.0, np.minimum(rise, fall)) * (2.0 / (edges[2:] - edges[:-2]))
+    return torch.tensor(bank, dtype=torch.float32, device=device)

@@ -1,0 +1,255 @@
+"""Q-Former: encoder frames (B, T, 512) -> query embeddings (B, T / 4, E) for the LLM, at 12.5 Hz.
+
+One learned query per 80 ms asks the frames around it (SparQLe's idea, Djanibekov and Aldarmaki,
+2025; layers as in BLIP-2, Li et al., 2023, pre-norm). Cross-attention reads the chunk and a ring
+of frames before it, self-attention the chunk's queries and a ring of queries before them; where a
+key lies in time is told by a learned bias over (key time - query time), never by absolute time.
+
+What leaves is `Q-Former output + sum over pieces of p(piece) e(piece)`: the CTC posteriors put
+something close to text before the LLM from the first training step (DESIGN 5.3), and the Q-Former
+learns what CTC does not say. Latency: the end of the chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sparqle_kernels.query_attention import query_attention
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the customary name
+
+from sparqle_stream.config import FRAMES_PER_CTC, FRAMES_PER_QUERY, QUERY_MS, QFormerConfig
+
+CTC_PER_QUERY = FRAMES_PER_QUERY // FRAMES_PER_CTC
+
+
+class TimedAttention(nn.Module):
+    """Multi-head attention whose scores carry a learned bias over relative time."""
+
+    def __init__(self, cfg: QFormerConfig, source_width: int, reach: int) -> None:
+        super().__init__()
+        self.n_heads, self.reach = cfg.n_heads, reach
+        self.norm = nn.LayerNorm(cfg.width)
+        self.query = nn.Linear(cfg.width, cfg.width)
+        self.key = nn.Linear(source_width, cfg.width, bias=False)
+        self.value = nn.Linear(source_width, cfg.width)
+        self.out = nn.Linear(cfg.width, cfg.width)
+        self.bias = nn.Parameter(torch.zeros(cfg.n_heads, 2 * reach + 1))
+
+    def kv(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """source (B, L, W) -> k, v (B, H, L, d)."""
+        return self._heads(self.key(source)), self._heads(self.value(source))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, distance: Tensor, seen: Tensor) -> Tensor:
+        """x (B, Q, D) + attention over k, v (B, H, L, d); distance, seen (B, Q, L)."""
+        age = distance.clamp(-self.reach, self.reach) + self.reach
+        mixed = query_attention(self._heads(self.query(self.norm(x))), k, v, age, seen, self.bias)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+
+
+class QFormerLayer(nn.Module):
+    """Self-attention over queries, cross-attention over frames, feed-forward; pre-norm."""
+
+    def __init__(self, cfg: QFormerConfig) -> None:
+        super().__init__()
+        self.self_attn = TimedAttention(cfg, cfg.width, cfg.query_ring)
+        self.cross_attn = TimedAttention(cfg, cfg.encoder_width, cfg.frame_ring)
+        self.norm = nn.LayerNorm(cfg.width)
+        self.fc1 = nn.Linear(cfg.width, cfg.ffn)
+        self.fc2 = nn.Linear(cfg.ffn, cfg.width)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class PosteriorEmbedding(nn.Module):
+    """CTC posteriors of one query's 80 ms -> LLM embedding space.
+
+    A piece counts once, when its probability rises: relu(p_t - p_{t-1}) is CTC's collapsing of
+    repeats, made soft. The two CTC frames of a query have a map each, so that their order shows.
+    """
+
+    def __init__(self, cfg: QFormerConfig) -> None:
+        super().__init__()
+        self.pieces = nn.Parameter(torch.zeros(cfg.n_pieces, cfg.llm_width))
+        self.maps = nn.Parameter(torch.eye(cfg.llm_width).repeat(CTC_PER_QUERY, 1, 1))
+
+    def forward(self, posterior: Tensor, before: Tensor) -> Tensor:
+        """posterior (B, 2 Q, V), before (B, 1, V): the frame before it -> (B, Q, E)."""
+        rise = (posterior - torch.cat([before, posterior[:, :-1]], dim=1)).clamp(min=0.0)
+        heard = (rise.to(self.pieces.dtype) @ self.pieces).unflatten(1, (-1, CTC_PER_QUERY))
+        return torch.einsum("bqce,cef->bqf", heard, self.maps)
+
+
+class QFormer(nn.Module):
+    """Weights of the windowed Q-Former or of the stack + MLP baseline (`kind`)."""
+
+    def __init__(self, cfg: QFormerConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.posterior = PosteriorEmbedding(cfg)
+        self.delay = nn.Embedding(cfg.n_delays, cfg.llm_width)
+        self.out_norm = nn.LayerNorm(cfg.width)
+        self.out = nn.Linear(cfg.width, cfg.llm_width)
+        nn.init.zeros_(self.delay.weight)
+        nn.init.normal_(self.out.weight, std=1e-3)
+        if cfg.kind == "stack":
+            self.stack = nn.Linear(FRAMES_PER_QUERY * cfg.encoder_width, cfg.width)
+            return
+        n_queries = cfg.n_phases
+        self.queries = nn.Parameter(torch.randn(n_queries, cfg.width) * 0.02)
+        self.layers = nn.ModuleList(QFormerLayer(cfg) for _ in range(cfg.n_layers))
+
+    def embed(self, x: Tensor, posterior: Tensor, before: Tensor, delay_ms: Tensor) -> Tensor:
+        """Q-Former output x (B, Q, D) and posteriors -> what the LLM reads (B, Q, E)."""
+        told = self.delay((delay_ms + QUERY_MS // 2) // QUERY_MS)[:, None]
+        heard = self.posterior(posterior, before)
+        out: Tensor = self.out(self.out_norm(x)) + heard + told
+        return out
+
+    def forward_train(
+        self, frames: Tensor, log_probs: Tensor, chunk_frames: int, delay_ms: Tensor
+    ) -> Tensor:
+        """Whole utterances with the masks of streaming (chunk_frames 0: one chunk).
+
+        frames (B, T, W), log_probs (B, T / 2, V), delay_ms (B,) -> (B, T / 4, E), equal to `step`
+        over chunks.
+        """
+        cfg, n_frames = self.cfg, frames.shape[1]
+        posterior = log_probs.exp()
+        before = torch.zeros_like(posterior[:, :1])
+        if cfg.kind == "stack":
+            return self.embed(self._stacked(frames), posterior, before, delay_ms)
+        chunk = chunk_frames or n_frames
+        frame = torch.arange(n_frames, device=frames.device)
+        query = torch.arange(0, n_frames, FRAMES_PER_QUERY, device=frames.device)
+        start = query // chunk * chunk
+        end = (start + chunk).clamp(max=n_frames)
+        x = self.queries[self._phase(query, end)][None].expand(len(frames), -1, -1)
+        see_frame = (frame < end[:, None]) & (frame >= start[:, None] - cfg.frame_ring)
+        past = start[:, None] - cfg.query_ring * FRAMES_PER_QUERY
+        see_query = (query < end[:, None]) & (query >= past)
+        frame_distance = frame[None] - query[:, None]
+        query_distance = (query[None] - query[:, None]) // FRAMES_PER_QUERY
+        for layer in self.layers:
+            k, v = layer.self_attn.kv(x)
+            x = layer.self_attn(x, k, v, query_distance[None], see_query[None])
+            k, v = layer.cross_attn.kv(frames)
+            x = layer.cross_attn(x, k, v, frame_distance[None], see_frame[None])
+            x = layer.feed_forward(x)
+        return self.embed(x, posterior, before, delay_ms)
+
+    def _stacked(self, frames: Tensor) -> Tensor:
+        return F.gelu(self.stack(frames.unflatten(1, (-1, FRAMES_PER_QUERY)).flatten(2)))
+
+    def _phase(self, query: Tensor, end: Tensor) -> Tensor:
+        """How many queries follow in the chunk: what a query may know of the future."""
+        follow = (end - query - 1) // FRAMES_PER_QUERY
+        return follow.clamp(max=self.cfg.n_phases - 1)
+
+
+@dataclass(slots=True)
+class QFormerState:
+    frames: Tensor  # (B, Lf, W) encoder frames: projecting them again beats storing K/V per layer
+    frame_position: Tensor  # (B, Lf) absolute frame of each ring entry, -1: never written
+    k: Tensor  # (layers, B, H, Lq, d) keys of past queries
+    v: Tensor  # (layers, B, H, Lq, d)
+    query_position: Tensor  # (B, Lq) absolute query of each ring entry, -1: never written
+    posterior: Tensor  # (B, 1, V) CTC posteriors of the last frame
+    position: Tensor  # (B,) frames heard since the rows began
+
+
+def init_state(
+    cfg: QFormerConfig,
+    batch: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> QFormerState:
+    n_layers = cfg.n_layers if cfg.kind == "window" else 0
+    ring = (n_layers, batch, cfg.n_heads, cfg.query_ring, cfg.width // cfg.n_heads)
+    return QFormerState(
+        frames=torch.zeros(batch, cfg.frame_ring, cfg.encoder_width, dtype=dtype, device=device),
+        frame_position=torch.full((batch, cfg.frame_ring), -1, device=device),
+        k=torch.zeros(ring, dtype=dtype, device=device),
+        v=torch.zeros(ring, dtype=dtype, device=device),
+        query_position=torch.full((batch, cfg.query_ring), -1, device=device),
+        posterior=torch.zeros(batch, 1, cfg.n_pieces, device=device),
+        position=torch.zeros(batch, dtype=torch.int64, device=device),
+    )
+
+
+def reset_rows(state: QFormerState, mask: Tensor) -> None:
+    """Rows of `mask` (B,) forget everything; position -1 makes old bytes invisible."""
+    state.frame_position[mask] = -1
+    state.query_position[mask] = -1
+    state.posterior[mask] = 0.0
+    state.position[mask] = 0
+
+
+def step(  # noqa: PLR0913 - the inputs of one chunk
+    qformer: QFormer,
+    state: QFormerState,
+    frames: Tensor,
+    log_probs: Tensor,
+    delay_ms: Tensor,
+    active: Tensor,
+) -> tuple[QFormerState, Tensor]:
+    """frames (B, T, W), log_probs (B, T / 2, V), delay_ms (B,), active (B,) -> (B, T / 4, E)."""
+    cfg = qformer.cfg
+    out = frames.new_zeros(frames.shape[0], frames.shape[1] // FRAMES_PER_QUERY, cfg.llm_width)
+    rows = active.nonzero()[:, 0]
+    if len(rows) == 0 or out.shape[1] == 0:
+        return state, out
+    new = frames[rows].to(qformer.out.weight.dtype)
+    posterior = log_probs[rows].exp()
+    if cfg.kind == "stack":
+        x = qformer._stacked(new)
+    else:
+        x = _ask(qformer, state, new, rows)
+    embedded = qformer.embed(x, posterior, state.posterior[rows], delay_ms[rows])
+    out[rows] = embedded.to(out.dtype)
+    state.posterior[rows] = posterior[:, -1:]
+    state.position[rows] += frames.shape[1]
+    return state, out
+
+
+def _ask(qformer: QFormer, state: QFormerState, new: Tensor, rows: Tensor) -> Tensor:
+    """One chunk of new frames (b, T, W) through the layers; writes the rings. -> (b, Q, D)."""
+    cfg, n_new = qformer.cfg, new.shape[1]
+    steps = torch.arange(n_new, device=new.device)
+    frame = state.position[rows, None] + steps  # (b, T) absolute
+    query = frame[:, ::FRAMES_PER_QUERY]
+    all_frames = torch.cat([state.frames[rows], new], dim=1)
+    frame_at = torch.cat([state.frame_position[rows], frame], dim=1)
+    query_at = torch.cat([state.query_position[rows], query // FRAMES_PER_QUERY], dim=1)
+    frame_distance = frame_at[:, None] - query[:, :, None]
+    query_distance = query_at[:, None] - query[:, :, None] // FRAMES_PER_QUERY
+    see_frame = (frame_at >= 0)[:, None].expand_as(frame_distance)
+    see_query = (query_at >= 0)[:, None].expand_as(query_distance)
+    phase = qformer._phase(steps[::FRAMES_PER_QUERY], steps.new_tensor(n_new))
+    x = qformer.queries[phase][None].expand(len(rows), -1, -1)
+    for i, layer in enumerate(qformer.layers):
+        k, v = layer.self_attn.kv(x)
+        ring_k, ring_v = state.k[i, rows].to(k.dtype), state.v[i, rows].to(v.dtype)
+        both_k, both_v = torch.cat([ring_k, k], dim=2), torch.cat([ring_v, v], dim=2)
+        x = layer.self_attn(x, both_k, both_v, query_distance, see_query)
+        x = layer.cross_attn(x, *layer.cross_attn.kv(all_frames), frame_distance, see_frame)
+        x = layer.feed_forward(x)
+        _write(state.k[i].transpose(1, 2), rows, query // FRAMES_PER_QUERY, k.transpose(1, 2))
+        _write(state.v[i].transpose(1, 2), rows, query // FRAMES_PER_QUERY, v.transpose(1, 2))
+    _write(state.query_position, rows, query // FRAMES_PER_QUERY, query // FRAMES_PER_QUERY)
+    _write(state.frames, rows, frame, new)
+    _write(state.frame_position, rows, frame, frame)
+    return x
+
+
+def _write(ring: Tensor, rows: Tensor, position: Tensor, new: Tensor) -> None:
+    """Writes new (b, T, ...) into ring (B, L, ...) at position (b, T) modulo L."""
+    length = ring.shape[1]
+    slots = position[:, -length:] % length
+    ring[rows[:, None], slots] = new[:, -length:].to(ring.dtype)

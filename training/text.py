@@ -1,0 +1,45 @@
+"""Text of transcripts: what the CTC head spells and what the LLM writes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sparqle_stream.ctc import CtcPieces
+
+_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "`": "'"})
+
+
+def spoken(text: str) -> str:
+    """What CTC is trained on: lower case, letters and apostrophes, single spaces.
+
+    >>> spoken("Mr. O'Neil -- said: 'No!'")
+    "mr o'neil said no"
+    """
+    text = text.translate(_APOSTROPHES).lower()
+    text = re.sub(r"[^a-z' ]+", " ", text)
+    return " ".join(w for w in (word.strip("'") for word in text.split()) if w)
+
+
+def is_spelled_out(text: str) -> bool:
+    """Digits and abbreviations with dots are read in ways that the text does not say."""
+    return bool(text) and not re.search(r"\d|\b[A-Z]\.[A-Z]|[^\x00-\x7f‘’“”—–]", text)
+
+
+def train_pieces(texts: list[str], size: int, out: Path) -> CtcPieces:
+    """Trains the lower-case BPE vocabulary of the CTC head (Sennrich et al., 2016)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<blank>"],
+        initial_alphabet=list("▁abcdefghijklmnopqrstuvwxyz'"),
+        limit_alphabet=28,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((spoken(t) for t in texts), trainer)
+    tokenizer.save(str(out))
+    return CtcPieces(tokenizer)

@@ -1,0 +1,408 @@
+"""The command line as data: one parser a command, environment variables, docs/config.md.
+
+Contract: nothing heavy is imported here, so that `--help` answers at once. Precedence is flag,
+then SPARQLE_* variable, then default. An unknown option or variable is an error that names the
+nearest known one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import TYPE_CHECKING, NoReturn
+
+from sparqle_stream import __version__
+from sparqle_stream.config import EngineConfig, StreamOptions
+from sparqle_stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+PROG = "sparqle-stream"
+COMMANDS = {
+    "transcribe": "caption files, standard input or the microphone (needs no command word)",
+    "demo": "live captions of the bundled clip, with a latency line at the end",
+    "serve": "websocket server: OpenAI realtime and the native protocol",
+    "client": "caption a file or the microphone on a server",
+    "doctor": "what works on this machine: Python, torch, audio devices, model files, kernels",
+    "models": "list, pull, path or verify model files",
+}
+FORMATS = ("txt", "json", "jsonl", "srt", "vtt", "tsv")
+MIC_FORMATS = ("txt", "jsonl", "srt", "vtt")
+INPUT_FORMATS = ("s16le", "f32le", "mulaw", "alaw")
+MODEL_ACTIONS = ("list", "pull", "path", "verify")
+
+# Options that may also be set by a variable: SPARQLE_ and the option in capitals.
+FROM_ENVIRONMENT = (
+    *("model", "llm", "threads", "dtype", "compute"),
+    *("chunk_ms", "delay_ms", "vad", "vad_stop", "prompt", "device"),
+    *("host", "port", "slots", "api_key"),
+)
+# Variables that belong to no option.
+OTHER_VARIABLES = {
+    "SPARQLE_HOME": "folder for downloaded models (default: the user's cache folder)"
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors with a hint, and which guesses what was meant."""
+
+    def __init__(self, name: str, **kwargs: object) -> None:
+        prog = f"{PROG} {name}".strip()
+        super().__init__(prog, allow_abbrev=False, add_help=False, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, hint=f"see {self.prog} --help")
+
+    def parse(self, argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
+        """The options of one command; unknown ones raise ConfigError."""
+        self.set_defaults(**self._from_environment(environ))
+        args, rest = self.parse_known_intermixed_args(list(argv))
+        if rest:
+            known = [o for action in self._actions for o in action.option_strings]
+            raise ConfigError(
+                f"unknown option {rest[0]}" if rest[0].startswith("-") else f"extra {rest[0]!r}",
+                hint=did_you_mean(rest[0].partition("=")[0], known) or f"see {self.prog} --help",
+            )
+        return args
+
+    def _from_environment(self, environ: Mapping[str, str]) -> dict[str, object]:
+        by_name = {variable(a.dest): a for a in self._actions if a.dest in FROM_ENVIRONMENT}
+        values: dict[str, object] = {}
+        for name, text in environ.items():
+            action = by_name.get(name)
+            if action is None or not text:
+                continue
+            try:
+                value = action.type(text) if callable(action.type) else text
+            except (ValueError, argparse.ArgumentTypeError) as err:
+                raise ConfigError(f"{name}={text!r} is not a value for it", hint=str(err)) from err
+            if action.choices and value not in action.choices:
+                choices = ", ".join(map(str, action.choices))
+                raise ConfigError(f"{name}={text!r} cannot be used", hint=f"use one of {choices}")
+            values[action.dest] = value
+        return values
+
+
+def variable(dest: str) -> str:
+    """The environment variable of an option: chunk_ms -> SPARQLE_CHUNK_MS."""
+    return f"SPARQLE_{dest.upper()}"
+
+
+def check_variables(environ: Mapping[str, str]) -> None:
+    """A SPARQLE_ variable that nothing reads is a typing error; say so."""
+    known = [variable(dest) for dest in FROM_ENVIRONMENT] + list(OTHER_VARIABLES)
+    for name in environ:
+        if name.startswith("SPARQLE_") and name not in known:
+            raise ConfigError(
+                f"unknown environment variable {name}",
+                hint=did_you_mean(name, known) or "docs/config.md lists them",
+            )
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """'did you mean --chunk-ms?', or '' when nothing is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def parser_for(command: str) -> Parser:
+    """The parser of one command; '' is `transcribe` as it looks without the command word."""
+    build = _BUILDERS[command or "transcribe"]
+    return build("" if command in ("", "transcribe") else command)
+
+
+def markdown() -> str:
+    """docs/config.md: every option of every command, then the environment variables."""
+    lines = [
+        "# Options",
+        "",
+        f"Generated by `python -m sparqle_stream.cli --help-markdown` ({PROG} {__version__}'s own"
+        " parsers); do not edit. A flag beats its environment variable, which beats the default.",
+    ]
+    for command, what in COMMANDS.items():
+        parser = parser_for(command)
+        title = f"{PROG} FILE... | --mic" if command == "transcribe" else f"{PROG} {command}"
+        lines += ["", f"## `{title}`", "", what[0].upper() + what[1:] + "."]
+        for group in parser._action_groups:
+            rows = [_row(action) for action in group._group_actions]
+            rows = [row for row in rows if row]
+            if rows:
+                lines += ["", f"**{group.title}**", "", "| option | meaning |", "|---|---|", *rows]
+    lines += ["", "## Environment variables", "", "| variable | meaning |", "|---|---|"]
+    lines += [f"| `{variable(d)}` | `--{d.replace('_', '-')}` |" for d in FROM_ENVIRONMENT]
+    lines += [f"| `{name}` | {what} |" for name, what in OTHER_VARIABLES.items()]
+    lines += ["| `NO_COLOR` | no colours in the live view |", ""]
+    return "\n".join(lines)
+
+
+def _row(action: argparse.Action) -> str:
+    if action.help in (None, argparse.SUPPRESS):
+        return ""
+    name = ", ".join(action.option_strings)
+    if action.nargs != 0:
+        metavar = action.metavar or "|".join(map(str, action.choices or [action.dest.upper()]))
+        name = f"{name} {metavar}".strip()
+    text = (action.help or "") % {"default": action.default, "prog": PROG}
+    escape = str.maketrans({"|": "\\|"})  # a bar would end the table's cell
+    return f"| `{name.translate(escape)}` | {text.translate(escape)} |"
+
+
+# --- groups of options that several commands share ---------------------------------------------
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError("use a number above 0")
+    return value
+
+
+def _recognition(parser: Parser) -> None:
+    default = StreamOptions()
+    group = parser.add_argument_group("recognition")
+    add = group.add_argument
+    add(
+        "--chunk-ms",
+        type=int,
+        default=default.chunk_ms,
+        metavar="MS",
+        help="audio per step in ms, a multiple of 80 from 80 to 1280; shorter is sooner, longer"
+        " is cheaper and more accurate (default %(default)s)",
+    )
+    add(
+        "--delay-ms",
+        type=int,
+        default=default.delay_ms,
+        metavar="MS",
+        help="how long a word is held back so that more of its context is heard, 0 to 960 ms"
+        " (default %(default)s)",
+    )
+    add(
+        "--vad",
+        choices=("silero", "webrtc", "off"),
+        default=default.vad.kind,
+        help="speech detector; off captions everything (default %(default)s)",
+    )
+    add(
+        "--vad-stop",
+        type=int,
+        default=default.vad.stop_ms,
+        metavar="MS",
+        help="silence after which an utterance ends, 32 to 5000 ms (default %(default)s)",
+    )
+    add(
+        "--prompt",
+        default=default.prompt,
+        metavar="TEXT",
+        help="text that the language model takes as said before: names, spelling, style",
+    )
+
+
+def _model(parser: Parser) -> None:
+    default = EngineConfig()
+    group = parser.add_argument_group("model and machine")
+    add = group.add_argument
+    add(
+        "--model",
+        default="sparqle-base-en",
+        metavar="NAME|PATH",
+        help="captioning model: a name of `models list`, a folder, or random:tiny (random weights,"
+        " for sizing and tests) (default %(default)s)",
+    )
+    add(
+        "--llm",
+        default=None,
+        metavar="PATH|NAME",
+        help="language model instead of the one that the model names",
+    )
+    add(
+        "--threads",
+        type=int,
+        default=default.threads,
+        metavar="N",
+        help="CPU threads; 0 takes as many as there are cores (default %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default=default.dtype,
+        help="arithmetic of the model (default %(default)s)",
+    )
+    add(
+        "--compute",
+        choices=("cpu", "cuda"),
+        default=default.compute,
+        help="device that runs the model (default %(default)s)",
+    )
+
+
+def _microphone(parser: Parser) -> None:
+    group = parser.add_argument_group("microphone")
+    add = group.add_argument
+    add("--mic", action="store_true", help="caption the microphone; q or Ctrl-C ends")
+    add(
+        "--device",
+        default=None,
+        metavar="N|NAME",
+        help="input device by number or part of its name (default: the system's)",
+    )
+    add("--list-devices", action="store_true", help="list the input devices and exit")
+
+
+def _files(parser: Parser) -> None:
+    group = parser.add_argument_group("files and standard input")
+    add = group.add_argument
+    add(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="audio or video files in any container; - is raw PCM on standard input",
+    )
+    add(
+        "--realtime",
+        action="store_true",
+        help="feed at the speed of speech and show the live view, as with a microphone",
+    )
+    add(
+        "--input-hz",
+        type=_positive,
+        default=16_000,
+        metavar="HZ",
+        help="sample rate of -, 8000 to 48000 Hz (default %(default)s)",
+    )
+    add(
+        "--input-format",
+        choices=INPUT_FORMATS,
+        default="s16le",
+        help="sample format of - (default %(default)s)",
+    )
+    add(
+        "--channels",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="interleaved channels of -, mixed down (default %(default)s)",
+    )
+
+
+def _output(parser: Parser) -> None:
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add(
+        "--format",
+        choices=FORMATS,
+        default=None,
+        help="txt: text; json, jsonl: words with times; srt, vtt: subtitles; tsv: segments in ms"
+        " (default: by the suffix of --output, else txt)",
+    )
+    add(
+        "--output",
+        default=None,
+        metavar="PATH",
+        help="file to write; a folder when there are several files (default: standard output)",
+    )
+
+
+def _general(parser: Parser, *, has_config: bool = False) -> None:
+    group = parser.add_argument_group("general")
+    add = group.add_argument
+    add("-h", "--help", action="store_true", help="this list")
+    add("--version", action="store_true", help="print the version and exit")
+    add("--debug", action="store_true", help="log to stderr, and show tracebacks of errors")
+    if has_config:
+        add("--print-config", action="store_true", help="print what the options come to, and exit")
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+def _transcribe_parser(name: str) -> Parser:
+    commands = "\n".join(f"  {key:<11} {what}" for key, what in COMMANDS.items())
+    parser = Parser(
+        name,
+        usage=f"{PROG} --mic [options] | FILE... [options] | COMMAND [options]",
+        description="Live captions of speech: append-only, word by word, on this machine.",
+        epilog=f"commands ({PROG} COMMAND --help tells more):\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _files(parser)
+    _microphone(parser)
+    _output(parser)
+    _recognition(parser)
+    _model(parser)
+    _general(parser, has_config=True)
+    parser.add_argument("--help-markdown", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _demo_parser(name: str) -> Parser:
+    parser = Parser(name, description="Live captions of the bundled clip at real-time pace.")
+    _recognition(parser)
+    _model(parser)
+    _general(parser, has_config=True)
+    return parser
+
+
+def _serve_parser(name: str) -> Parser:
+    parser = Parser(name, description="Websocket server for many streams on one model.")
+    group = parser.add_argument_group("server")
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    add("--port", type=int, default=8765, metavar="N", help="TCP port (default %(default)s)")
+    add(
+        "--slots",
+        type=_positive,
+        default=EngineConfig().n_slots,
+        metavar="N",
+        help="streams at a time; further ones are told that the server is busy"
+        " (default %(default)s)",
+    )
+    _recognition(parser)
+    _model(parser)
+    _general(parser, has_config=True)
+    return parser
+
+
+def _client_parser(name: str) -> Parser:
+    parser = Parser(name, description="Caption a file or the microphone on a server.")
+    parser.add_argument("url", metavar="URL", help="ws://HOST:PORT of a server")
+    parser.add_argument(
+        "--api-key", default=None, metavar="KEY", help="key that the server asks for"
+    )
+    _files(parser)
+    _microphone(parser)
+    _output(parser)
+    _recognition(parser)
+    _general(parser)
+    return parser
+
+
+def _doctor_parser(name: str) -> Parser:
+    parser = Parser(name, description="Check this machine, and say what to do about each finding.")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    _model(parser)
+    _general(parser)
+    return parser
+
+
+def _models_parser(name: str) -> Parser:
+    parser = Parser(
+        name, description="Model files: where they are, fetching and checking them by hash."
+    )
+    parser.add_argument(
+        "action", choices=MODEL_ACTIONS, metavar="|".join(MODEL_ACTIONS), help="what to do"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models (default: all known)")
+    _general(parser)
+    return parser
+
+
+_BUILDERS: dict[str, Callable[[str], Parser]] = {
+    "transcribe": _transcribe_parser,
+    "demo": _demo_parser,
+    "serve": _serve_parser,
+    "client": _client_parser,
+    "doctor": _doctor_parser,
+    "models": _models_parser,
+}

@@ -43,3 +43,18 @@ def train_pieces(texts: list[str], size: int, out: Path) -> CtcPieces:
     tokenizer.train_from_iterator((spoken(t) for t in texts), trainer)
     tokenizer.save(str(out))
     return CtcPieces(tokenizer)
+
+
+def written(text: str) -> str:
+    """What the LLM is taught to write: case and punctuation as the corpus has them.
+
+    All-capital transcripts become one plain sentence.
+
+    >>> written("WE CALL IT BEAR")
+    'We call it bear.'
+    """
+    text = " ".join(text.translate(_APOSTROPHES).split())
+    if not text.isupper():
+        return text
+    text = re.sub(r"\bi\b", "I", text.lower())
+    return text[:1].upper() + text[1:] + "."

@@ -1,0 +1,120 @@
+"""Word error rates of a run on packs: `python -m training.evaluate ear|stream`.
+
+ear     greedy CTC under the streaming mask, batched: quick enough to choose checkpoints with
+stream  the shipped engine, strictly streaming, from a model folder (bench.accuracy has more)
+
+Both score with whisper-normalizer and jiwer. Packs that are marked as test are for the final
+figure only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from sparqle_stream import features
+from sparqle_stream.config import CtcConfig, EncoderConfig, FeatureConfig
+from sparqle_stream.ctc import CtcHead, CtcPieces, greedy_path
+from sparqle_stream.encoder import Encoder
+from training.corpus import Clip, Pack
+from training.data import Stream, stack
+
+
+def error_rates(references: list[str], hypotheses: list[str]) -> dict[str, float]:
+    """WER and CER in per cent over the whole set, Whisper's English normaliser on both sides."""
+    import jiwer
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    normal = EnglishTextNormalizer()
+    pairs = [(normal(r), normal(h)) for r, h in zip(references, hypotheses, strict=True)]
+    pairs = [(r, h) for r, h in pairs if r]
+    refs, hyps = [r for r, _ in pairs], [h for _, h in pairs]
+    out = jiwer.process_words(refs, hyps)
+    return {
+        "wer": 100 * out.wer,
+        "cer": 100 * jiwer.cer(refs, hyps),
+        "substitutions": out.substitutions,
+        "deletions": out.deletions,
+        "insertions": out.insertions,
+        "words": sum(len(r.split()) for r in refs),
+    }
+
+
+@torch.no_grad()
+def greedy_texts(
+    weights: Path, pieces: CtcPieces, pack: Pack, clips: list[Clip], chunk_frames: int
+) -> list[str]:
+    """Greedy CTC text of every clip; chunk_frames 0 is full context."""
+    ear = load_file(weights)
+    encoder, ctc = Encoder(EncoderConfig()), CtcHead(CtcConfig(n_pieces=pieces.size))
+    for name, module in (("encoder", encoder), ("ctc", ctc)):
+        part = {k[len(name) + 1 :]: v for k, v in ear.items() if k.startswith(name + ".")}
+        module.load_state_dict(part)
+    encoder.bfloat16().eval()
+    order = sorted(range(len(clips)), key=lambda i: clips[i].length)
+    texts = [""] * len(clips)
+    for at in tqdm(range(0, len(order), 12), desc="ear", unit="batch", disable=None):
+        batch = order[at : at + 12]
+        streams = [Stream(pack.pcm(clips[i]), pack.pcm(clips[i]), []) for i in batch]
+        everyone = torch.ones(len(batch), dtype=torch.bool)
+        state = features.init_state(FeatureConfig(), len(batch))
+        mel = features.step(FeatureConfig(), state, stack(streams, "clean"), everyone)[1]
+        frames = encoder.forward_train(mel, chunk_frames, 256, torch.zeros(len(batch)).long())
+        for i, row in zip(batch, ctc(frames), strict=True):
+            texts[i] = pieces.decode([piece for _, piece in greedy_path(row)])
+    return texts
+
+
+def ear(args: argparse.Namespace) -> dict[str, float]:
+    pack, pieces = Pack(args.pack), CtcPieces.load(args.pieces)
+    clips = pack.clips[:: args.every]
+    texts = greedy_texts(args.weights, pieces, pack, clips, args.chunk_ms // 20)
+    for clip, text in list(zip(clips, texts, strict=True))[: args.show]:
+        print(f"  {clip.text}\n> {text}")
+    return error_rates([c.text for c in clips], texts)
+
+
+def stream(args: argparse.Namespace) -> dict[str, float]:
+    from sparqle_stream import models
+    from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
+    from sparqle_stream.engine import Engine
+    from sparqle_stream.messages import Final
+
+    pack = Pack(args.pack)
+    clips = pack.clips[:: args.every]
+    options = StreamOptions(
+        chunk_ms=args.chunk_ms, delay_ms=args.delay_ms, vad=VadConfig(kind=args.vad)
+    )
+    engine = Engine(models.load(str(args.weights)), EngineConfig(chunk_ms=args.chunk_ms))
+    texts = []
+    for i, clip in enumerate(tqdm(clips, desc="stream", unit="clip", disable=None)):
+        events = engine.transcribe(pack.pcm(clip), options)
+        texts.append("".join(e.text for e in events if isinstance(e, Final)).strip())
+        if i < args.show:
+            print(f"  {clip.text}\n> {texts[-1]}")
+    engine.close()
+    return error_rates([c.text for c in clips], texts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
+    parser.add_argument("what", choices=("ear", "stream"))
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("--weights", type=Path, required=True, help="ear file or model folder")
+    parser.add_argument("--pieces", type=Path, help="pieces.json (ear)")
+    parser.add_argument("--chunk-ms", type=int, default=320, help="0: full context (ear)")
+    parser.add_argument("--delay-ms", type=int, default=240)
+    parser.add_argument("--vad", default="silero")
+    parser.add_argument("--every", type=int, default=1, help="take each n-th clip")
+    parser.add_argument("--show", type=int, default=0, help="print this many pairs")
+    args = parser.parse_args()
+    print(json.dumps((ear if args.what == "ear" else stream)(args)))
+
+
+if __name__ == "__main__":
+    main()

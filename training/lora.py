@@ -1,0 +1,48 @@
+"""Low-rank adapters (Hu et al., 2021) on the LLM's linear layers: trained here, merged at load."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparqle_stream.llm import Llm
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraLinear(nn.Module):
+    """y = W x + scale * B A x, W frozen. A (r, in) starts random, B (out, r) at zero."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.a = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = nn.functional.linear(x, self.a.to(x.dtype))
+        out: Tensor = self.base(x) + nn.functional.linear(low, self.b.to(x.dtype)) * self.scale
+        return out
+
+
+def attach(llm: Llm, rank: int, scale: float = 2.0) -> dict[str, LoraLinear]:
+    """Puts adapters around every target layer; returns them by 'layers.i.attn.q_proj' names."""
+    adapters = {}
+    for i, layer in enumerate(llm.layers):
+        for part_name in ("attn", "mlp"):
+            part = getattr(layer, part_name)
+            for name in TARGETS:
+                if hasattr(part, name):
+                    adapter = LoraLinear(getattr(part, name), rank, scale)
+                    setattr(part, name, adapter)
+                    adapters[f"layers.{i}.{part_name}.{name}"] = adapter
+    return adapters
+
+
+def adapter_weights(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
+    """Names and tensors as they are stored in bridge.safetensors."""
+    out = {}
+    for name, adapter in adapters.items():
+        out[f"lora.{name}.a"] = adapter.a.detach()
+        out[f"lora.{name}.b"] = adapter.b.detach()
+    return out

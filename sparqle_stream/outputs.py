@@ -1,0 +1,109 @@
+"""Outputs: which text file, or standard output, takes the captions of which source.
+
+Contract: everything that can be wrong with a destination is said before any audio is captioned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparqle_stream import formats
+from sparqle_stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import TextIO
+
+# Formats of which several can follow one another in one file.
+STACKABLE = ("txt", "jsonl")
+
+
+class Outputs:
+    """Where the captions of each of `names` go."""
+
+    def __init__(self, names: Sequence[str], kind: str, output: str | None) -> None:
+        self.kind = kind
+        self._names = list(names)
+        self._path = Path(output) if output else None
+        self._is_folder = self._path is not None and (
+            output is not None and output.endswith(("/", "\\")) or self._path.is_dir()
+        )
+        self._shared: TextIO | None = None
+        self._n_opened = 0
+        if len(self._names) > 1 and not self._is_folder and kind not in STACKABLE:
+            raise ConfigError(
+                f"one {kind} file cannot hold the captions of {len(self._names)} files",
+                hint="give a folder: --output captions/",
+            )
+        targets = [path for name in self._names if (path := self._target(name))]
+        inputs = {Path(name).resolve() for name in self._names}
+        for path in targets:
+            if path.resolve() in inputs:
+                raise ConfigError(f"{path} is also to be read", hint="choose another --output")
+        self._prepare()
+
+    @property
+    def is_file(self) -> bool:
+        """Captions go to a file, not to standard output."""
+        return self._path is not None
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shared is not None:
+            self._shared.close()
+
+    @contextlib.contextmanager
+    def open(self, name: str, *, is_live: bool = False) -> Iterator[formats.Writer]:
+        """A writer for one source; it is finished when the block is left, also by an error."""
+        path = self._target(name)
+        with contextlib.ExitStack() as opened:
+            if path is None:
+                out = sys.stdout
+            elif self._is_folder:
+                out = opened.enter_context(_create(path))
+            else:
+                self._shared = self._shared or _create(path)
+                out = self._shared
+            if self.kind == "txt" and len(self._names) > 1 and not self._is_folder:
+                gap = "\n" if self._n_opened else ""
+                out.write(f"{gap}==> {name} <==\n")
+            self._n_opened += 1
+            writer = formats.open_writer(self.kind, out, name, is_live=is_live)
+            opened.callback(writer.finish)
+            yield writer
+
+    def _target(self, name: str) -> Path | None:
+        if self._path is None or not self._is_folder:
+            return self._path
+        source = Path("stdin" if name == "-" else name)
+        stems = Counter(Path(other).stem for other in self._names)
+        # a.wav and a.mp3 must not write to one a.srt
+        stem = source.stem if stems[source.stem] == 1 else source.name
+        return self._path / f"{stem}.{self.kind}"
+
+    def _prepare(self) -> None:
+        if self._path is None:
+            return
+        folder = self._path if self._is_folder else self._path.parent
+        try:
+            if self._is_folder:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise ConfigError(
+                f"cannot make {folder}: {err.strerror}", hint="check --output"
+            ) from err
+        if not folder.is_dir():
+            raise ConfigError(f"there is no folder {folder}", hint="make it, or change --output")
+
+
+def _create(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8", newline="\n")
+    except OSError as err:
+        raise ConfigError(f"cannot write {path}: {err.strerror}", hint="check --output") from err

@@ -1,0 +1,219 @@
+"""Client of a server's /v1/stream: PCM (S,) float32 at 16 kHz in, events out.
+
+    async for event in client.stream("ws://127.0.0.1:8765", blocks):
+        if isinstance(event, messages.Final):
+            print(event.text, end="")
+
+Contract: everything that `blocks` gave is captioned before the iteration ends with `Done`, or it
+ends with the server's `Error` event, or raises ServerError. Latency: none of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import ssl
+from collections.abc import AsyncIterable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import numpy as np
+
+from sparqle_stream import messages
+from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.errors import ConfigError, SparqleError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+
+    import numpy.typing as npt
+    from websockets.asyncio.client import ClientConnection
+
+    from sparqle_stream.messages import Event
+
+    Pcm = npt.NDArray[np.float32]
+
+ROUTE = "/v1/stream"
+SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
+FRAME_SAMPLES = SAMPLE_RATE_HZ  # longer blocks are cut: a server takes frames of 1 MiB
+OPEN_TIMEOUT_S = 10.0
+
+
+class ServerError(SparqleError):
+    """No server there, it refused the connection, or the connection was lost."""
+
+    code = "connection"
+
+
+async def stream(
+    url: str,
+    blocks: Iterable[Pcm] | AsyncIterable[Pcm],
+    *,
+    options: Mapping[str, str | int] | None = None,
+    api_key: str = "",
+) -> AsyncGenerator[Event, None]:
+    """Sends `blocks` as they come and yields events up to Done or Error.
+
+    `blocks` may wait (a microphone): an iterable is read in a thread of its own. `options` are
+    fields of the query such as chunk_ms or prompt; pace="file" for audio that is not live.
+    """
+    full_url = stream_url(url, options)
+    websocket = await _connect(full_url, api_key)
+    sender = asyncio.create_task(_send(websocket, blocks))
+    try:
+        async for event in _receive(websocket, sender, full_url):
+            yield event
+    finally:
+        sender.cancel()
+        await asyncio.gather(sender, return_exceptions=True)
+        await websocket.close()
+
+
+def stream_sync(
+    url: str,
+    blocks: Iterable[Pcm],
+    *,
+    options: Mapping[str, str | int] | None = None,
+    api_key: str = "",
+) -> Iterator[Event]:
+    """`stream` for programs without an event loop."""
+    events = stream(url, blocks, options=options, api_key=api_key)
+    with asyncio.Runner() as runner:
+        try:
+            while True:
+                try:
+                    event = runner.run(_next(events))
+                except StopAsyncIteration:
+                    return
+                yield event
+        finally:
+            runner.run(_close(events))
+
+
+def stream_url(url: str, options: Mapping[str, str | int] | None = None) -> str:
+    """ws://HOST:PORT, http://..., HOST:PORT -> the whole URL with its query."""
+    parts = urlsplit(url if "://" in url else f"ws://{url}")
+    try:
+        has_port = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number
+        has_port = False
+    if parts.scheme not in SCHEMES or not has_port:
+        raise ConfigError(f"{url!r} is not the address of a server", hint="ws://HOST:PORT")
+    path = parts.path if parts.path.strip("/") else ROUTE
+    query = {"sample_rate": SAMPLE_RATE_HZ, "format": "f32le"}
+    query |= dict(parse_qsl(parts.query, keep_blank_values=True)) | dict(options or {})
+    return urlunsplit((SCHEMES[parts.scheme], parts.netloc, path, urlencode(query), ""))
+
+
+async def _connect(url: str, api_key: str) -> ClientConnection:
+    """An open connection. Raises ServerError with the reason in words."""
+    from websockets.asyncio.client import connect
+    from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+    at = urlunsplit(urlsplit(url)._replace(query=""))
+    try:
+        return await connect(
+            url,
+            additional_headers=headers,
+            compression=None,
+            max_size=None,
+            open_timeout=OPEN_TIMEOUT_S,
+        )
+    except InvalidStatus as err:
+        raise _refusal(at, err.response.status_code, err.response.body) from err
+    except (InvalidHandshake, InvalidURI) as err:
+        hint = "is it a sparqle-stream server?"
+        raise ServerError(f"{at} does not speak websocket: {err}", hint) from err
+    except TimeoutError as err:
+        hint = "check the address and the network"
+        raise ServerError(f"{at} does not answer within {OPEN_TIMEOUT_S:g} s", hint) from err
+    except ssl.SSLError as err:
+        raise ServerError(f"no TLS with {at}: {err}", hint="ws:// if it has no TLS") from err
+    except OSError as err:
+        why = err.strerror or str(err)
+        hint = "is it running? start one with: sparqle-stream serve"
+        raise ServerError(f"cannot connect to {at}: {why}", hint) from err
+
+
+def _refusal(at: str, status: int, body: bytes | bytearray | None) -> ServerError:
+    """An HTTP answer instead of an upgrade; our servers explain themselves in JSON."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        said = json.loads(body or b"")
+        return ServerError(f"{at} refused: {said['message']}", hint=said["hint"])
+    hints = {401: "give --api-key KEY", 403: "is the path right?", 404: f"the path is {ROUTE}"}
+    return ServerError(f"{at} refused with HTTP {status}", hints.get(status, "try again later"))
+
+
+async def _send(websocket: ClientConnection, blocks: Iterable[Pcm] | AsyncIterable[Pcm]) -> None:
+    """All audio, then the end. A closed connection ends it quietly: `_receive` says why."""
+    from websockets.exceptions import ConnectionClosed
+
+    with contextlib.suppress(ConnectionClosed):
+        async for block in _each(blocks):
+            samples = np.ascontiguousarray(block, "<f4")
+            for start in range(0, len(samples), FRAME_SAMPLES):
+                await websocket.send(samples[start : start + FRAME_SAMPLES].tobytes())
+        await websocket.send(json.dumps({"type": "end"}))
+
+
+async def _each(blocks: Iterable[Pcm] | AsyncIterable[Pcm]) -> AsyncIterator[Pcm]:
+    if isinstance(blocks, AsyncIterable):
+        async for block in blocks:
+            yield block
+        return
+    iterator = iter(blocks)
+    while True:
+        block_or_end = await asyncio.to_thread(next, iterator, None)
+        if block_or_end is None:
+            return
+        yield block_or_end
+
+
+async def _receive(
+    websocket: ClientConnection, sender: asyncio.Task[None], url: str
+) -> AsyncIterator[Event]:
+    """Events up to the last one. Raises ServerError when the connection ends without one."""
+    from websockets.exceptions import ConnectionClosed
+
+    incoming = asyncio.create_task(_one(websocket))
+    try:
+        while True:
+            # A microphone that fails must end the stream, not leave it waiting for audio.
+            waiting: set[asyncio.Task[Any]] = {incoming}
+            if not sender.done():
+                waiting.add(sender)
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
+            if not incoming.done():
+                continue
+            event = messages.from_json(incoming.result())
+            yield event
+            if isinstance(event, messages.Done | messages.Error):
+                return
+            incoming = asyncio.create_task(_one(websocket))
+    except ConnectionClosed as err:
+        code = err.rcvd.code if err.rcvd else 1006
+        reason = err.rcvd.reason if err.rcvd else "no close frame"
+        raise ServerError(
+            f"the connection was lost before the end: {reason or 'no reason given'} ({code})",
+            hint="try again" if code in (1006, 1012, 1013) else "see docs/protocol.md",
+        ) from err
+    finally:
+        incoming.cancel()
+        await asyncio.gather(incoming, return_exceptions=True)
+
+
+async def _one(websocket: ClientConnection) -> str:
+    frame = await websocket.recv()
+    return frame if isinstance(frame, str) else ""  # binary: from_json says that it is no event
+
+
+async def _next(events: AsyncIterator[Event]) -> Event:
+    return await anext(events)
+
+
+async def _close(events: AsyncGenerator[Event, None]) -> None:
+    await events.aclose()

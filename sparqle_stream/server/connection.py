@@ -1,0 +1,381 @@
+"""One client of the server: its phase, its reader and writer, its engine stream.
+
+In: websocket frames, handed to a dialect; events of the engine's worker thread, handed to the same
+dialect in the event loop. Out: the dialect's text frames, through a bounded outbox.
+Contract: whatever ends a connection (end, error, hang-up, slow reader, silence, restart), its
+engine slot is free before `run` returns, and an error is told before the close frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from starlette.websockets import WebSocketDisconnect
+
+from sparqle_stream import audio
+from sparqle_stream.audio import AudioFormat
+from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.errors import ProtocolError, SparqleError
+from sparqle_stream.server import transport
+from sparqle_stream.server.settings import Close, IdleError, InternalError
+
+if TYPE_CHECKING:
+    from starlette.types import Message
+    from starlette.websockets import WebSocket
+
+    from sparqle_stream.audio import Pcm
+    from sparqle_stream.config import StreamOptions
+    from sparqle_stream.engine import Stream
+    from sparqle_stream.messages import Event
+    from sparqle_stream.server.hub import Hub
+
+logger = logging.getLogger(__name__)
+POLL_S = 0.01
+MAX_REASON_BYTES = 120  # a close frame holds 125 with its code
+
+
+class Phase(Enum):
+    CONNECTING = "connecting"  # the handshake is not answered
+    OPEN = "open"  # takes audio
+    DRAINING = "draining"  # the client has ended its audio: the rest is captioned
+    CLOSING = "closing"  # the close frame is under way: everything that comes is dropped
+    CLOSED = "closed"
+
+
+class Signal(Enum):
+    ACCEPTED = "accepted"
+    ENDED = "ended"  # by the client
+    CLOSE = "close"  # by us
+    LOST = "lost"  # by the network, or complete
+
+
+_NEXT = {
+    (Phase.CONNECTING, Signal.ACCEPTED): Phase.OPEN,
+    (Phase.CONNECTING, Signal.CLOSE): Phase.CLOSING,  # accepted only to say why not
+    (Phase.OPEN, Signal.ENDED): Phase.DRAINING,
+    (Phase.OPEN, Signal.CLOSE): Phase.CLOSING,
+    (Phase.DRAINING, Signal.CLOSE): Phase.CLOSING,
+}
+
+
+def advance(phase: Phase, signal: Signal) -> Phase:
+    """The only place where a phase follows another. Raises ProtocolError for what cannot be."""
+    if signal is Signal.LOST:
+        return Phase.CLOSED
+    try:
+        return _NEXT[phase, signal]
+    except KeyError:
+        raise ProtocolError(
+            f"{signal.value!r} cannot follow in phase {phase.value!r}",
+            hint="nothing may be sent after the end of the stream",
+        ) from None
+
+
+class Dialect(Protocol):
+    """A thin translator between frames and the engine's events."""
+
+    SUBPROTOCOL: str  # chosen when the client offers it
+
+    def begin(self, websocket: WebSocket) -> None: ...
+
+    async def on_text(self, text: str) -> None: ...
+
+    async def on_audio(self, data: bytes) -> None: ...
+
+    def on_event(self, event: Event) -> None: ...
+
+    def on_error(self, err: SparqleError) -> None: ...
+
+    def on_draining(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CloseFrame:
+    code: Close
+    reason: str
+
+
+@dataclass(slots=True)
+class Frame:
+    text: str
+    is_tail: bool
+
+
+class Outbox:
+    """Frames waiting for the client: bounded, a provisional tail replaces an older one."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._frames: deque[Frame] = deque()
+        self._close: CloseFrame | None = None
+        self._wake = asyncio.Event()
+
+    def put(self, text: str, *, is_tail: bool = False) -> bool:
+        """False when the client is too far behind."""
+        if is_tail and self._frames and self._frames[-1].is_tail:
+            self._frames[-1].text = text
+        elif len(self._frames) < self._limit:
+            self._frames.append(Frame(text, is_tail))
+        else:
+            return False
+        self._wake.set()
+        return True
+
+    def close(self, frame: CloseFrame) -> None:
+        """Goes out after everything that waits."""
+        self._close = self._close or frame
+        self._wake.set()
+
+    async def get(self) -> str | CloseFrame:
+        while not self._frames:
+            if self._close is not None:
+                return self._close
+            self._wake.clear()
+            await self._wake.wait()
+        return self._frames.popleft().text
+
+
+class Connection:
+    """Plumbing that all dialects share. Everything runs in the event loop's thread."""
+
+    def __init__(self, websocket: WebSocket, hub: Hub) -> None:
+        self.hub = hub
+        self.phase = Phase.CONNECTING
+        self.stream: Stream | None = None
+        self.n_fed = 0  # samples at 16 kHz, over all streams of this connection
+        self.dialect: Dialect
+        self.is_restarting = False  # the server stops: nothing more is taken
+        self.set_format(AudioFormat())
+        self._websocket = websocket
+        self._loop = asyncio.get_running_loop()
+        self._outbox = Outbox(hub.cfg.outbox_events)
+        self._heard_at = self._loop.time()
+        self._stream_token = object()  # events of a stream that was replaced carry an older one
+        self._ended_by = "the client hung up"
+
+    # --- what dialects call ----------------------------------------------------------------------
+
+    def open_stream(self, options: StreamOptions) -> None:
+        """A stream of the engine for this connection, instead of the one it had, if any."""
+        self.cancel_stream()
+        self.stream = self.hub.engine.open(
+            options, on_event=partial(self._from_worker, self._stream_token)
+        )
+
+    def cancel_stream(self) -> None:
+        """Frees the engine's slot at once."""
+        self._stream_token = object()
+        if self.stream is not None:
+            self.stream.cancel()
+            self.stream = None
+
+    def send(self, text: str, *, is_tail: bool = False) -> None:
+        """Queues one text frame. A client that is too far behind is cut."""
+        if self.phase in (Phase.CLOSING, Phase.CLOSED):
+            return
+        text = text.encode(errors="replace").decode()  # JSON may smuggle half characters in
+        if not self._outbox.put(text, is_tail=is_tail):
+            self.cut("the client does not read")
+
+    def end_audio(self) -> None:
+        """The client says that nothing more comes."""
+        self.phase = advance(self.phase, Signal.ENDED)
+
+    def close(self, code: Close, reason: str = "") -> None:
+        """A close frame goes out after what waits; the engine's slot is free from now on."""
+        if self.phase in (Phase.CLOSING, Phase.CLOSED):
+            return  # the first close frame counts
+        self.phase = advance(self.phase, Signal.CLOSE)
+        self._ended_by = f"close {code.value} {reason}"
+        self._outbox.close(CloseFrame(code, reason))
+        self.cancel_stream()
+
+    def close_done(self) -> None:
+        """Close after `Done`: everything that was sent is captioned."""
+        if self.is_restarting:
+            self.close(Close.RESTART, "the server restarts")
+        else:
+            self.close(Close.NORMAL)
+
+    def cut(self, why: str) -> None:
+        """Ends the connection now, without a close frame."""
+        logger.warning("connection cut: %s", why)
+        self.phase = advance(self.phase, Signal.LOST)
+        self._ended_by = f"cut, {why}"
+        self.cancel_stream()
+        transport.abort(self._websocket)
+
+    def set_format(self, fmt: AudioFormat) -> None:
+        """What the bytes of `take` are from now on."""
+        self._fmt = fmt
+        self._audio = audio.init_state(fmt)
+
+    async def take(self, data: bytes, *, waits: bool) -> None:
+        """Audio bytes to the engine, a second at a time so that other clients get their turn.
+
+        With `waits` a full backlog stops the reading of this socket, else it is a BacklogError.
+        """
+        n_second = self._fmt.rate_hz * self._fmt.row_bytes
+        for start in range(0, len(data), n_second):
+            self._audio, pcm = audio.step(self._fmt, self._audio, data[start : start + n_second])
+            await self._feed(pcm, waits=waits)
+
+    async def take_rest(self, *, waits: bool) -> int:
+        """What the resampler still holds goes to the engine too; how many odd bytes remain."""
+        self._audio, pcm = audio.flush(self._fmt, self._audio)
+        await self._feed(pcm, waits=waits)
+        return len(self._audio.odd)
+
+    async def _feed(self, pcm: Pcm, *, waits: bool) -> None:
+        if waits:
+            await self._wait_for_room(len(pcm) / SAMPLE_RATE_HZ)
+        if self.stream is None or self.is_restarting:
+            return  # ended meanwhile; whoever ended it tells the client
+        self.stream.feed(pcm)
+        self.n_fed += len(pcm)
+        await asyncio.sleep(0)
+
+    async def wait_for(self, event: asyncio.Event) -> None:
+        """Until `event` is set or the stream has ended."""
+        while self.stream is not None and not event.is_set():
+            await self._pause()
+
+    async def _wait_for_room(self, seconds: float) -> None:
+        while self.stream is not None and self.stream.room_s < seconds:
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """The socket is not read meanwhile, so nobody else would see that the client is gone."""
+        if transport.is_gone(self._websocket):
+            raise WebSocketDisconnect(1006)
+        self._heard_at = self._loop.time()  # it is our turn: the client is not idle
+        await asyncio.sleep(POLL_S)
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of audio received."""
+        return self.n_fed / SAMPLE_RATE_HZ
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds of audio received and not captioned yet."""
+        return self.stream.backlog_s if self.stream is not None else 0.0
+
+    # --- life ------------------------------------------------------------------------------------
+
+    async def run(self, subprotocol: str | None = None) -> None:
+        """Accepts and serves until either side ends. `dialect` has been set."""
+        try:
+            await self._websocket.accept(subprotocol)
+            if self.phase is Phase.CONNECTING:
+                self.phase = advance(self.phase, Signal.ACCEPTED)
+            await self._serve()
+        except (WebSocketDisconnect, OSError):
+            pass  # lost during the handshake
+        finally:
+            self.phase = advance(self.phase, Signal.LOST)
+            self.cancel_stream()
+            logger.info("connection ended: audio %.2f s, %s", self.time_s, self._ended_by)
+
+    def restart(self) -> None:
+        """The server stops: caption what was received, then close with 1012."""
+        self.is_restarting = True
+        if self.stream is None:
+            self.close_done()
+        else:
+            self.stream.finish()
+
+    async def _serve(self) -> None:
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        try:
+            while True:
+                done, _ = await asyncio.wait(
+                    tasks, timeout=self._idle_left_s(), return_when=asyncio.FIRST_COMPLETED
+                )
+                if done:
+                    return
+                if self._idle_left_s() == 0:
+                    idle_s = self.hub.cfg.idle_s
+                    self.dialect.on_error(
+                        IdleError(f"nothing was received for {idle_s:g} s", hint="send silence")
+                    )
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _idle_left_s(self) -> float | None:
+        """Seconds that the client may stay silent; None while it is not expected to send."""
+        if self.phase is not Phase.OPEN:
+            return None
+        return max(0.0, self._heard_at + self.hub.cfg.idle_s - self._loop.time())
+
+    async def _read(self) -> None:
+        """Frames to the dialect, until the client is gone."""
+        while True:
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            self._heard_at = self._loop.time()
+            if self.phase in (Phase.OPEN, Phase.DRAINING) and not self.is_restarting:
+                try:
+                    await self._dispatch(message)
+                except WebSocketDisconnect:
+                    return
+            await asyncio.sleep(0)  # a burst of frames must not keep the writer from its turn
+
+    async def _dispatch(self, message: Message) -> None:
+        try:
+            text = message.get("text")
+            if text is not None:
+                await self.dialect.on_text(text)
+            else:
+                await self.dialect.on_audio(message["bytes"])
+        except SparqleError as err:
+            self.dialect.on_error(err)
+        except (WebSocketDisconnect, asyncio.CancelledError):
+            raise
+        except Exception:
+            logger.exception("a frame could not be handled")
+            self._on_bug()
+
+    async def _write(self) -> None:
+        """The outbox to the client, until a close frame is sent."""
+        while True:
+            frame = await self._outbox.get()
+            try:
+                async with asyncio.timeout(self.hub.cfg.send_s):
+                    if isinstance(frame, CloseFrame):
+                        reason = frame.reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+                        await self._websocket.close(frame.code, reason)
+                        return
+                    await self._websocket.send_text(frame)
+            except TimeoutError:
+                self.cut("the client took no byte for too long")
+                return
+            except WebSocketDisconnect:
+                return
+
+    def _from_worker(self, token: object, event: Event) -> None:
+        """Called by the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._deliver, token, event)
+
+    def _deliver(self, token: object, event: Event) -> None:
+        if token is not self._stream_token:
+            return
+        try:
+            self.dialect.on_event(event)
+        except Exception:
+            logger.exception("an event could not be sent")
+            self._on_bug()
+
+    def _on_bug(self) -> None:
+        self.dialect.on_error(InternalError("the server failed", hint="its log says more"))

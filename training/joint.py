@@ -151,6 +151,9 @@ class Bridge(torch.nn.Module):
         torch.nn.init.zeros_(self.stop.weight)
         self.qformer = QFormer(QFormerConfig(kind=cfg.kind, n_pieces=self.pieces.size))
         self.qformer.posterior.pieces.data.copy_(self.piece_embeddings())
+        # Silence reads as an ellipsis at first: a zero vector would be blown up by the first norm.
+        pause = torch.tensor([self.tokenizer.encode(" ...")])
+        self.qformer.delay.weight.data.copy_(0.5 * self.llm.embed(pause)[0].float().mean(dim=0))
 
     @torch.no_grad()
     def piece_embeddings(self) -> Tensor:

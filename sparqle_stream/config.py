@@ -131,6 +131,19 @@ class CaptionConfig:
     repeat_ngram: int = 6  # this many tokens, repeated `repeat_times` in a row, stop the segment
     repeat_times: int = 3
     no_text_warning_s: float = 3.0
+    token_burst_s: float = 1.0  # seconds' worth of tokens that may be saved up
+    # Letters that CTC hears pay for letters that the LLM writes: no text out of nothing.
+    letters_per_heard: float = 1.6
+    letter_slack: float = 6.0  # paid in advance with a segment's first piece
+    max_letter_credit: float = 80.0
+    tail_s: float = 5.0  # how far back the grey tail reaches
+    lead_ms: int = 40  # a word begins this much before its first CTC piece
+    hold_ms: int = 40  # and ends this much after its last
+    # A segment that is cut without a pause hears the time of the delay again, whose words are still
+    # to come, and this many chunks. More than 0 repeats what the context says, unlike in training.
+    seam_chunks_again: int = 0
+    seam_search_s: float = 4.0  # this long before the limit a cut where CTC is blank is looked for
+    doubled_share: float = 0.6  # of a word's letters heard (again): it was said twice
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,478 @@
+"""Engine: audio of many streams in, events out; slots, one worker thread, admission, backpressure.
+
+A caller opens a `Stream`, feeds PCM (S,) float32 at 16 kHz in packets of any size and reads events.
+One worker thread owns the model: it runs the detector of every stream, batches all streams that
+have a whole chunk, steps the pipeline once and hands out events. Only this file knows wall-clock
+time. Contract: a stream's words and their times depend on its own audio and options alone, not on
+packet sizes, neighbours or speed; `lag` and `compute_seconds` tell how the machine is doing.
+
+Times of events are stream seconds: `speech_started` where the segment's audio begins (pre-roll
+included), `speech_stopped` where it ends, all others the stream time that had to be heard.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparqle_stream import messages
+from sparqle_stream.batch import Batch
+from sparqle_stream.config import SAMPLE_RATE_HZ, EngineConfig, StreamOptions
+from sparqle_stream.errors import (
+    AudioFormatError,
+    BacklogError,
+    BusyError,
+    ProtocolError,
+    SparqleError,
+)
+from sparqle_stream.metrics import EngineMetrics, Histogram
+from sparqle_stream.session import Session
+
+if TYPE_CHECKING:
+    from sparqle_stream.models import SparqleModel
+
+Floats = npt.NDArray[np.float32]
+OnEvent = Callable[[messages.Event], None]
+TURN_SAMPLES = SAMPLE_RATE_HZ  # of one stream that the worker hears at a time
+
+log = logging.getLogger(__name__)
+
+
+class Phase(Enum):
+    OPEN = "open"  # takes audio
+    DRAINING = "draining"  # finish() was called: what was sent is still captioned
+    FAILED = "failed"  # audio was refused; the worker will say so
+    CLOSED = "closed"  # Done, Error or cancelled: the slot is free
+
+
+class Mark(Enum):
+    """What travels between packets in a stream's inbox."""
+
+    FLUSH = "flush"
+    FINISH = "finish"
+
+
+Inbox = list[Floats | Mark]
+
+
+class Stream:
+    """One caller's stream; made by `Engine.open`. Its methods may be called from any thread."""
+
+    def __init__(
+        self, engine: Engine, row: int, options: StreamOptions, on_event: OnEvent | None
+    ) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self.options = options
+        self.row = row
+        self.phase = Phase.OPEN
+        self.n_received = 0
+        self.compute_seconds = 0.0
+        self.session: Session | None = None  # made and used by the worker
+        self.failure: SparqleError | None = None
+        self._engine = engine
+        self._inbox: deque[Floats | Mark] = deque()
+        self._n_inbox = 0  # samples
+        self._on_event = on_event
+        self._queue: queue.SimpleQueue[messages.Event | None] = queue.SimpleQueue()
+
+    def feed(self, pcm: Floats) -> None:
+        """Takes PCM (S,) at 16 kHz. Raises BacklogError when too much is waiting, and only once:
+        the stream then ends with an Error event.
+
+        Audio for a stream that the engine has ended is dropped: its last event said why.
+        """
+        self._engine._feed(self, _checked(pcm))
+
+    def flush(self) -> None:
+        """Ends the open segment now, so that its last words come out; the stream goes on."""
+        self._engine._mark(self, Mark.FLUSH)
+
+    def finish(self) -> None:
+        """No more audio: what was sent is captioned, then `Done` frees the slot."""
+        self._engine._mark(self, Mark.FINISH)
+
+    def cancel(self) -> None:
+        """Frees the slot at once. No event follows, not even for audio that was sent."""
+        self._engine._cancel(self)
+
+    def events(self, timeout: float | None = None) -> Iterator[messages.Event]:
+        """Events in order, up to and including Done or Error.
+
+        Ends early when the stream is cancelled or nothing came for `timeout` seconds; calling it
+        again goes on from there. Not for streams that were opened with `on_event`.
+        """
+        if self._on_event is not None:
+            raise ProtocolError("this stream reports to on_event", hint="open it without on_event")
+        while True:
+            try:
+                event = self._queue.get(timeout=timeout)
+            except queue.Empty:
+                return
+            if event is None:
+                self._queue.put(None)  # for the next call
+                return
+            yield event
+
+    def wait_for_room(self, seconds: float, timeout: float | None = None) -> bool:
+        """Blocks until `seconds` of audio fit or the stream has ended; False on timeout."""
+        return self._engine._wait_for_room(self, seconds, timeout)
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds of audio that were received and are not captioned yet."""
+        n_session = self.session.n_waiting if self.session else 0
+        return (self._n_inbox + n_session) / SAMPLE_RATE_HZ
+
+    @property
+    def room_s(self) -> float:
+        """Seconds of audio that `feed` would take now."""
+        return max(0.0, self._engine.cfg.backlog_s - self.backlog_s)
+
+    # --- the engine's side, under its lock -------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        session = self.session
+        return session is None or bool(self._inbox or self.failure) or session.has_chunk
+
+    @property
+    def is_idle(self) -> bool:
+        """Everything that was received was captioned or is no speech."""
+        return not self._inbox and self.session is not None and not self.session.n_waiting
+
+    @property
+    def is_all_heard(self) -> bool:
+        return self.phase is Phase.DRAINING and not self._inbox
+
+    def put(self, item: Floats | Mark) -> None:
+        if isinstance(item, Mark):
+            self._inbox.append(item)
+            return
+        self._inbox.extend(item[i : i + TURN_SAMPLES] for i in range(0, len(item), TURN_SAMPLES))
+        self._n_inbox += len(item)
+        self.n_received += len(item)
+
+    def take_inbox(self) -> Inbox:
+        """What the worker hears in one round: about a second, so that nobody waits for long."""
+        items: Inbox = []
+        n = 0
+        while self._inbox and n < TURN_SAMPLES:
+            items.append(self._inbox.popleft())
+            n += 0 if isinstance(items[-1], Mark) else len(items[-1])
+        self._n_inbox -= n
+        return items
+
+    def drop_inbox(self) -> None:
+        self._inbox.clear()
+        self._n_inbox = 0
+
+    def hand_out(self, event: messages.Event) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+            return
+        self._queue.put(event)
+        if isinstance(event, messages.Done | messages.Error):
+            self.end_events()
+
+    def end_events(self) -> None:
+        self._queue.put(None)
+
+
+class Engine:
+    """One model, `cfg.n_slots` streams at a time, one worker thread."""
+
+    def __init__(self, model: SparqleModel, cfg: EngineConfig | None = None) -> None:
+        self.model = model
+        self.cfg = cfg or EngineConfig()
+        self._batch = Batch(model, self.cfg.n_slots)  # used by the worker only
+        self._change = threading.Condition()  # guards streams, inboxes, phases and metrics
+        self._streams: dict[int, Stream] = {}  # by row
+        self._free_rows = list(range(self.cfg.n_slots))[::-1]
+        self._metrics = EngineMetrics(self.cfg.n_slots)
+        self._is_closing = False
+        self._worker = threading.Thread(target=self._run, name="sparqle-engine", daemon=True)
+        self._worker.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- callers' side ---------------------------------------------------------------------------
+
+    def open(self, options: StreamOptions | None = None, on_event: OnEvent | None = None) -> Stream:
+        """A stream with a slot of its own, `Ready` as first event. Raises BusyError.
+
+        `on_event` is called from the worker thread and must return quickly; without it events wait
+        in `Stream.events`.
+        """
+        with self._change:
+            if self._is_closing or not self._free_rows:
+                self._metrics.streams_refused += 1
+                raise BusyError(
+                    "the engine is shutting down"
+                    if self._is_closing
+                    else f"all {self.cfg.n_slots} slots are taken",
+                    hint="try again later, or start the engine with more slots",
+                )
+            row = self._free_rows.pop()
+            stream = Stream(self, row, options or StreamOptions(), on_event)
+            self._streams[row] = stream
+            self._metrics.streams_opened += 1
+            self._metrics.n_streams = len(self._streams)
+            self._change.notify_all()
+            return stream
+
+    def transcribe(self, pcm: Floats, options: StreamOptions | None = None) -> list[messages.Event]:
+        """All events of a whole recording (S,), as fast as the machine goes."""
+        stream = self.open(options)
+        for start in range(0, len(pcm), TURN_SAMPLES):
+            packet = pcm[start : start + TURN_SAMPLES]
+            stream.wait_for_room(len(packet) / SAMPLE_RATE_HZ)
+            stream.feed(packet)
+        stream.finish()
+        return list(stream.events())
+
+    def metrics(self) -> EngineMetrics:
+        """A snapshot of the counters."""
+        with self._change:
+            return self._metrics.copy()
+
+    def close(self) -> None:
+        """Ends every stream with an Error event and stops the worker. May be called twice."""
+        with self._change:
+            self._is_closing = True
+            self._change.notify_all()
+        if threading.current_thread() is not self._worker:
+            self._worker.join()
+
+    def _feed(self, stream: Stream, pcm: Floats) -> None:
+        with self._change:
+            if stream.phase is Phase.DRAINING:
+                raise ProtocolError("audio after the end of the stream", hint="open a new stream")
+            if stream.phase is not Phase.OPEN or len(pcm) == 0:
+                return
+            waiting_s = stream.backlog_s + len(pcm) / SAMPLE_RATE_HZ
+            if waiting_s <= self.cfg.backlog_s:
+                stream.put(pcm)
+                self._metrics.audio_seconds += len(pcm) / SAMPLE_RATE_HZ
+                self._change.notify_all()
+                return
+            self._metrics.backlogs += 1
+            stream.phase = Phase.FAILED
+            stream.failure = BacklogError(
+                f"{waiting_s:.1f} s of audio are waiting, the limit is {self.cfg.backlog_s:g} s",
+                hint="send audio no faster than it is spoken, or use a faster machine",
+            )
+            self._change.notify_all()
+            raise stream.failure
+
+    def _mark(self, stream: Stream, mark: Mark) -> None:
+        with self._change:
+            if stream.phase is not Phase.OPEN:
+                return
+            if mark is Mark.FINISH:
+                stream.phase = Phase.DRAINING
+            stream.put(mark)
+            self._change.notify_all()
+
+    def _cancel(self, stream: Stream) -> None:
+        if self._close_stream(stream):
+            stream.end_events()
+
+    def _wait_for_room(self, stream: Stream, seconds: float, timeout: float | None) -> bool:
+        wanted = min(seconds, self.cfg.backlog_s)
+        with self._change:
+            return self._change.wait_for(
+                lambda: stream.phase is Phase.CLOSED or stream.room_s >= wanted, timeout
+            )
+
+    def _close_stream(self, stream: Stream, *, is_failure: bool = False) -> bool:
+        """Frees the slot; False when that was done before. The row is wiped at its next start."""
+        with self._change:
+            if stream.phase is Phase.CLOSED:
+                return False
+            stream.phase = Phase.CLOSED
+            stream.drop_inbox()
+            del self._streams[stream.row]
+            self._free_rows.append(stream.row)
+            self._metrics.n_streams = len(self._streams)
+            self._metrics.streams_failed += is_failure
+            self._change.notify_all()
+        self._log_end(stream)
+        return True
+
+    def _log_end(self, stream: Stream) -> None:
+        """One record per stream; no text and no audio in it."""
+        steps = stream.session.step_seconds if stream.session else Histogram()
+        log.info(
+            "stream %s ended: audio %.2f s, %d chunks, compute %.2f s, step p50 %.1f p99 %.1f ms",
+            stream.id,
+            stream.n_received / SAMPLE_RATE_HZ,
+            steps.n,
+            stream.compute_seconds,
+            1e3 * steps.quantile(0.5),
+            1e3 * steps.quantile(0.99),
+        )
+
+    # --- worker's side ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """The worker: until closing, take what came in, step, hand out events."""
+        if self.cfg.threads:
+            torch.set_num_threads(self.cfg.threads)  # OpenMP keeps it per thread: set it here
+        with torch.inference_mode():
+            while (work := self._wait_for_work()) is not None:
+                try:
+                    self._tick(work)
+                except Exception as err:
+                    log.exception("the worker failed between streams")
+                    for stream, _ in work:
+                        self._fail(stream, err)
+        for stream in list(self._streams.values()):
+            self._fail(stream, BusyError("the engine was closed", hint="open a new stream"))
+
+    def _wait_for_work(self) -> list[tuple[Stream, Inbox]] | None:
+        """All streams with what is in their inboxes; None when the engine closes."""
+        with self._change:
+            self._change.wait_for(
+                lambda: self._is_closing or any(s.has_work for s in self._streams.values())
+            )
+            if self._is_closing:
+                return None
+            return [(stream, stream.take_inbox()) for stream in self._streams.values()]
+
+    def _tick(self, work: list[tuple[Stream, Inbox]]) -> None:
+        """Detectors of all streams, then at most one chunk of each, batched by size."""
+        sessions: dict[Stream, Session] = {}
+        for stream, items in work:
+            if stream.failure is not None:
+                self._fail(stream, stream.failure)
+                continue
+            try:
+                sessions[stream] = self._listen(stream, items)
+            except Exception as err:  # noqa: BLE001 - one stream's failure is its own
+                self._fail(stream, err)
+        ready = [s for s in sessions if sessions[s].has_chunk and s.phase is not Phase.CLOSED]
+        for chunk_ms in sorted({s.options.chunk_ms for s in ready}):
+            same = {s: sessions[s] for s in ready if s.options.chunk_ms == chunk_ms}
+            self._step(same)
+        for stream, session in sessions.items():
+            if stream.is_all_heard and not session.has_chunk:
+                self._finish(stream)
+
+    def _listen(self, stream: Stream, items: Inbox) -> Session:
+        """Admits a new stream; runs the detector over what was received."""
+        start = time.perf_counter()
+        session = stream.session
+        if session is None:
+            self._batch.wipe(stream.row)
+            session = Session(self.model, stream.options, self.cfg.context_words)
+            stream.session = session
+            options = stream.options
+            ready = messages.Ready(
+                stream.id, self.model.name, SAMPLE_RATE_HZ, options.chunk_ms, options.delay_ms
+            )
+            self._emit(stream, ready)
+        for item in items:
+            if isinstance(item, Mark):
+                session.flush()
+            else:
+                session.listen(item)
+        for event in session.announce():
+            self._emit(stream, event)
+        self._account({"vad": time.perf_counter() - start}, {stream: session})
+        return session
+
+    def _step(self, sessions: dict[Stream, Session]) -> None:
+        """One batched step for streams that have a chunk of the same size."""
+        start = time.perf_counter()
+        try:
+            result = self._batch.run({s.row: session for s, session in sessions.items()})
+        except Exception as err:  # noqa: BLE001 - the rows of one batch cannot be told apart
+            for stream in sessions:
+                self._fail(stream, err)
+            return
+        for stream, session in sessions.items():
+            try:
+                for event in session.take(result.tokens[stream.row]):
+                    self._emit(stream, event)
+            except Exception as err:  # noqa: BLE001 - one stream's failure is its own
+                self._fail(stream, err)
+        seconds = time.perf_counter() - start
+        stages = result.seconds | {"captions": seconds - sum(result.seconds.values())}
+        stages["captions"] += result.seconds.get("captions", 0.0)
+        self._account(stages, sessions)
+        with self._change:
+            self._metrics.steps += 1
+            self._metrics.chunks += len(sessions)
+            self._metrics.step_seconds.add(seconds)
+            for session in sessions.values():
+                session.step_seconds.add(seconds)
+                self._metrics.add_counts(session.counts)
+            self._change.notify_all()  # there is room for more audio
+
+    def _account(self, seconds: dict[str, float], sessions: dict[Stream, Session]) -> None:
+        """Wall clock per stage, shared evenly by the streams it was spent on."""
+        with self._change:
+            self._metrics.add_stages(seconds)
+            for stream in sessions:
+                stream.compute_seconds += sum(seconds.values()) / len(sessions)
+
+    def _finish(self, stream: Stream) -> None:
+        duration = stream.n_received / SAMPLE_RATE_HZ
+        done = messages.Done(duration, stream.compute_seconds, duration)
+        if self._close_stream(stream):  # first: who hears of it may open the next stream at once
+            self._hand_out(stream, done)
+
+    def _fail(self, stream: Stream, err: Exception) -> None:
+        """Ends a stream with an Error event; a SparqleError speaks for itself, others are bugs."""
+        if isinstance(err, SparqleError):
+            code, message, hint = err.code, err.message, err.hint
+        else:
+            log.error("stream %s failed", stream.id, exc_info=err)
+            code, message, hint = "internal", f"{type(err).__name__}: {err}", "please report it"
+        if self._close_stream(stream, is_failure=True):
+            now = stream.n_received / SAMPLE_RATE_HZ
+            self._hand_out(stream, messages.Error(code, message, hint, now))
+
+    def _emit(self, stream: Stream, event: messages.Event) -> None:
+        """Hands an event out with the stream's lag; what a closed stream would say is dropped."""
+        if stream.phase is Phase.CLOSED:
+            return
+        heard = stream.session.position if stream.session else 0
+        lag = 0.0 if stream.is_idle else max(0, stream.n_received - heard) / SAMPLE_RATE_HZ
+        self._hand_out(stream, replace(event, lag=lag))
+
+    def _hand_out(self, stream: Stream, event: messages.Event) -> None:
+        try:
+            stream.hand_out(event)
+        except Exception:
+            log.exception("on_event of stream %s failed; the stream is cancelled", stream.id)
+            self._cancel(stream)
+
+
+def _checked(pcm: Floats) -> Floats:
+    """PCM (S,) as float32 of our own; anything that cannot be audio is refused."""
+    if pcm.ndim != 1:
+        raise AudioFormatError(
+            f"expected mono audio of shape (S,), got {pcm.shape}",
+            hint="mix down first: pcm.mean(axis=-1)",
+        )
+    pcm = np.array(pcm, dtype=np.float32)  # the caller may use its buffer again
+    if not np.isfinite(pcm).all():
+        raise AudioFormatError("audio with NaN or infinity in it", hint="check the source's format")
+    return pcm

@@ -1,0 +1,181 @@
+"""Pipeline: one chunk of PCM (B, S) per stream -> text tokens per stream, for a batch of slots.
+
+    pcm -> features -> encoder -> ctc
+                              \\-> qformer -> llm -> tokens
+                                            ^ allow(ctc log-probs): how many tokens a row may write
+
+The only file that knows the order of the stages. Contract: every stage is causal and gated by
+`active` (B,), so a row gives what it gives alone; state is written in place and the old one is dead
+after a step. Latency: the end of the chunk, plus config.FRAME_LAG_SAMPLES.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparqle_stream import encoder, features, llm, qformer
+from sparqle_stream.config import CHUNK_MS_RANGE, DELAY_MS_RANGE, QUERY_MS
+
+if TYPE_CHECKING:
+    from sparqle_stream.models import SparqleModel
+
+Allow = Callable[[Tensor], Tensor]  # CTC log-probs (B, C, V) -> most new tokens per row (B,)
+PREFIX_TOKENS = 48  # context or prompt; training saw no more
+# Queries that may have to be heard again after a seam: the longest delay and one chunk.
+N_RECENT = (DELAY_MS_RANGE[1] + CHUNK_MS_RANGE[1]) // QUERY_MS
+
+
+@dataclass(slots=True)
+class PipelineState:
+    features: features.FeatureState
+    encoder: encoder.EncoderState
+    qformer: qformer.QFormerState
+    llm: llm.LlmState
+    recent: Tensor  # (B, N_RECENT, E) the last queries, newest last
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    log_probs: Tensor  # (B, C, V) CTC
+    tokens: list[list[int]]  # per row; shorter than its allowance: the model stopped by itself
+    seconds: dict[str, float] = field(default_factory=dict)  # wall clock per stage
+
+
+def init_state(model: SparqleModel, batch: int) -> PipelineState:
+    cfg, device = model.cfg, model.device
+    dtype = model.encoder.ln_post.weight.dtype
+    llm_dtype = model.llm.norm.weight.dtype
+    return PipelineState(
+        features=features.init_state(cfg.features, batch, device=device),
+        encoder=encoder.init_state(cfg.encoder, batch, dtype=dtype, device=device),
+        qformer=qformer.init_state(cfg.qformer, batch, dtype=dtype, device=device),
+        llm=llm.init_state(cfg.llm, batch, dtype=llm_dtype, device=device),
+        recent=torch.zeros(batch, N_RECENT, cfg.llm.width, dtype=llm_dtype, device=device),
+    )
+
+
+def step(
+    model: SparqleModel,
+    state: PipelineState,
+    pcm: Tensor,
+    active: Tensor,
+    delay_ms: Tensor,
+    allow: Allow,
+) -> tuple[PipelineState, ChunkResult]:
+    """pcm (B, S), active (B,), delay_ms (B,) -> tokens per row. S is one chunk of every row.
+
+    `allow` is asked between hearing and writing: text that CTC did not hear is not written.
+    """
+    lap = _Laps()
+    state.features, mel = features.step(model.cfg.features, state.features, pcm, active)
+    lap("features")
+    state.encoder, frames = encoder.step(model.encoder, state.encoder, mel, active)
+    lap("encoder")
+    log_probs = _ctc(model, frames, active)
+    lap("ctc")
+    state.qformer, queries = qformer.step(
+        model.qformer, state.qformer, frames, log_probs, delay_ms, active
+    )
+    queries = queries.to(state.recent.dtype)
+    _remember(state.recent, queries, active)
+    lap("qformer")
+    max_new = allow(log_probs)
+    lap("captions")
+    state.llm, tokens = llm.step(model.llm, state.llm, queries, active, max_new)
+    lap("llm")
+    return state, ChunkResult(log_probs, tokens, lap.seconds)
+
+
+def reset_rows(state: PipelineState, mask: Tensor) -> None:
+    """Rows of `mask` (B,) become new streams: nothing of the old ones is left to see."""
+    features.forget_rows(state.features, mask)
+    _reset_hearing(state, mask)
+    llm.reset_rows(state.llm, mask)
+
+
+def begin_rows(
+    model: SparqleModel, state: PipelineState, mask: Tensor, prefixes: Sequence[list[int] | None]
+) -> None:
+    """Rows of `mask` (B,) begin a segment after a pause, with prefix ids in the LLM's slot.
+
+    The gain of the features stays: it belongs to the speaker, not to the segment.
+    """
+    features.reset_rows(state.features, mask)
+    _reset_hearing(state, mask)
+    llm.reset_rows(state.llm, mask)
+    state.llm = llm.prefill(model.llm, state.llm, list(prefixes))
+
+
+def seam_rows(
+    model: SparqleModel,
+    state: PipelineState,
+    prefixes: Sequence[list[int] | None],
+    n_again: Sequence[int],
+) -> None:
+    """Rows with a prefix begin a segment without a pause: only the LLM's slot starts again.
+
+    Encoder and Q-Former carry on. The last `n_again` queries of each row are appended once more:
+    words that ended less than the delay ago are still to be written, and what was said in them is
+    not in the prefix.
+    """
+    mask = torch.tensor([prefix is not None for prefix in prefixes], device=state.recent.device)
+    llm.reset_rows(state.llm, mask)
+    state.llm = llm.prefill(model.llm, state.llm, list(prefixes))
+    for row, n in enumerate(n_again):
+        if mask[row] and n:
+            alone = torch.zeros_like(mask)
+            alone[row] = True
+            again = state.recent[:, N_RECENT - n :]
+            state.llm = llm.append(model.llm, state.llm, again, alone)
+
+
+def prefix_ids(model: SparqleModel, text: str) -> list[int]:
+    """What stands before a segment's first query: beginning, the end of `text`, a line break.
+
+    As in training every word of `text` has its space before it.
+    """
+    tokenizer = model.tokenizer
+    context = tokenizer.encode(" " + text)[-PREFIX_TOKENS:] if text else []
+    return [tokenizer.bos_id, *context, *tokenizer.encode("\n")]
+
+
+def _ctc(model: SparqleModel, frames: Tensor, active: Tensor) -> Tensor:
+    """frames (B, T, D) -> log-probs (B, T / 2, V); zeros for inactive rows."""
+    rows = active.nonzero()[:, 0]
+    out = frames.new_zeros(
+        frames.shape[0], frames.shape[1] // 2, model.cfg.ctc.n_pieces, dtype=torch.float32
+    )
+    if len(rows):
+        out[rows] = model.ctc(frames[rows])
+    return out
+
+
+def _remember(recent: Tensor, queries: Tensor, active: Tensor) -> None:
+    """Shifts queries (B, Q, E) of the active rows into recent (B, N, E)."""
+    rows = active.nonzero()[:, 0]
+    recent[rows] = torch.cat([recent[rows], queries[rows]], dim=1)[:, -N_RECENT:]
+
+
+def _reset_hearing(state: PipelineState, mask: Tensor) -> None:
+    encoder.reset_rows(state.encoder, mask)
+    qformer.reset_rows(state.qformer, mask)
+    state.recent[mask] = 0.0
+
+
+class _Laps:
+    """Wall-clock seconds between calls, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now

@@ -1,0 +1,126 @@
+"""Segments: the audio of detected speech, cut into chunks of one size.
+
+In: where segments begin and end, PCM (S,) between. Out: chunks (S,), the first with the segment's
+first sample, the last padded with zeros so that look-ahead and delay are through. A chunk carries
+`known_at`: how much of the stream had to be heard before it was there, which pre-roll and the
+detector's hesitation make later than its own end. Latency: a chunk leaves with its last sample.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    pcm: Floats  # (S,) with zeros after the segment's end
+    origin: int  # stream sample at which its segment begins
+    start: int  # stream sample at which it begins itself
+    known_at: int  # stream samples that had to arrive
+    segment_end: int | None  # stream sample at which the segment ends; set on its last chunk
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == self.origin
+
+    @property
+    def end(self) -> int:
+        """Stream sample after its last one, padding included."""
+        return self.start + len(self.pcm)
+
+
+@dataclass(slots=True)
+class _Segment:
+    origin: int
+    parts: deque[Floats] = field(default_factory=deque)  # heard, not in a chunk yet
+    known: deque[tuple[int, int]] = field(default_factory=deque)  # (samples, known_at), growing
+    n_heard: int = 0
+    n_taken: int = 0  # padding included
+    n_total: int | None = None  # padding included; None while the segment is open
+    ended_at: int = 0
+
+    def take(self, n: int) -> Floats:
+        """The next n samples; zeros where nothing was heard."""
+        out, filled = np.zeros(n, np.float32), 0
+        while filled < n and self.parts:
+            part = self.parts.popleft()
+            used = min(len(part), n - filled)
+            out[filled : filled + used] = part[:used]
+            filled += used
+            if used < len(part):
+                self.parts.appendleft(part[used:])
+        self.n_taken += n
+        return out
+
+    def known_at(self, n: int) -> int:
+        """When the first n samples of the segment were known."""
+        if n > self.n_heard:
+            return self.ended_at
+        while self.known[0][0] < n:
+            self.known.popleft()
+        return self.known[0][1]
+
+
+class SegmentQueue:
+    """Segments in, chunks out, in order. Holds what is waiting and nothing else."""
+
+    def __init__(self, chunk_samples: int, pad_samples: int) -> None:
+        self.chunk_samples = chunk_samples
+        self.pad_samples = pad_samples  # look-ahead and delay
+        self.n_waiting = 0  # heard samples that are in no chunk yet; other threads may read it
+        self._segments: deque[_Segment] = deque()
+
+    def begin(self, origin: int) -> None:
+        self._segments.append(_Segment(origin))
+
+    def append(self, pcm: Floats, known_at: int) -> None:
+        """pcm (S,) of the open segment; it was known once `known_at` samples had arrived."""
+        segment = self._segments[-1]
+        segment.parts.append(pcm)
+        segment.n_heard += len(pcm)
+        self.n_waiting += len(pcm)
+        segment.known.append((segment.n_heard, known_at))
+
+    def end(self, known_at: int) -> None:
+        segment = self._segments[-1]
+        total = segment.n_heard + self.pad_samples
+        segment.n_total = total + -total % self.chunk_samples
+        segment.ended_at = known_at
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._segments) and self._segments[-1].n_total is None
+
+    @property
+    def has_chunk(self) -> bool:
+        if not self._segments:
+            return False
+        first = self._segments[0]
+        return (first.n_total or first.n_heard) - first.n_taken >= self.chunk_samples
+
+    @property
+    def first_origin(self) -> int | None:
+        """Where the segment begins whose chunks are next; None when there is none."""
+        return self._segments[0].origin if self._segments else None
+
+    def next_chunk(self) -> Chunk:
+        segment = self._segments[0]
+        start = segment.n_taken
+        pcm = segment.take(self.chunk_samples)
+        self.n_waiting -= max(0, min(segment.n_taken, segment.n_heard) - start)
+        is_last = segment.n_taken == segment.n_total
+        if is_last:
+            self._segments.popleft()
+        return Chunk(
+            pcm=pcm,
+            origin=segment.origin,
+            start=segment.origin + start,
+            known_at=segment.known_at(segment.n_taken),
+            segment_end=segment.origin + segment.n_heard if is_last else None,
+        )

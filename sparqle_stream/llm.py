@@ -1,4 +1,4 @@
-"""LLM: query embeddings of a chunk (B, Q, E) -> text tokens, one Llama-family decoder for all slots.
+"""LLM: query embeddings of a chunk (B, Q, E) -> text tokens; one Llama-family decoder, many slots.
 
 Contract: a slot's K/V only grows, bytes once written never change, and a step over chunks equals
 `Llm.forward_train` over the interleaved sequence of queries and text. Rows that are not active
@@ -8,13 +8,22 @@ Latency: none of its own; a chunk's words leave with the chunk's last query.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sparqle_stream.config import LlmConfig
+from sparqle_kernels.decode_attention import decode_attention
+from sparqle_stream.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sparqle_stream.config import LlmConfig
 
 
 @lru_cache(maxsize=8)
@@ -90,7 +99,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Causal attention over a whole sequence, x (B, T, E) -> (B, T, E)."""
         y = causal_attention(*self.project(x, cos, sin))  # (B, H, T, d)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.merge(y)
+
+    def merge(self, y: Tensor) -> Tensor:
+        """Heads (B, H, T, d) -> (B, T, E)."""
+        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        return out
 
 
 class Mlp(nn.Module):
@@ -103,7 +117,8 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(cfg.ffn, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
@@ -115,6 +130,10 @@ class Layer(nn.Module):
         self.attn = Attention(cfg)
         self.mlp_norm = RmsNorm(cfg.width, cfg.rms_eps)
         self.mlp = Mlp(cfg)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
 
 
 class Llm(nn.Module):
@@ -130,10 +149,15 @@ class Llm(nn.Module):
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
         self.norm = RmsNorm(cfg.width, cfg.rms_eps)
         self.stop = nn.Linear(cfg.width, 1)
+        self.stop_threshold = 0.5  # probability above which a chunk's text ends
+
+    def blocks(self) -> Iterator[Layer]:
+        return cast("Iterator[Layer]", iter(self.layers))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> embeddings (B, T, E)."""
-        return self.tokens(ids)
+        out: Tensor = self.tokens(ids)
+        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final-normed hidden (..., E) -> logits (..., V)."""
@@ -149,7 +173,111 @@ class Llm(nn.Module):
         cos, sin = rope_table(cfg.rope_theta, cfg.head_width, embeds.shape[1], embeds.device)
         cos, sin = cos.to(embeds.dtype), sin.to(embeds.dtype)
         x = embeds
-        for layer in self.layers:
-            x = x + layer.attn(layer.attn_norm(x), cos, sin)
-            x = x + layer.mlp(layer.mlp_norm(x))
-        return self.norm(x)
+        for layer in self.blocks():
+            x = layer.feed_forward(x + layer.attn(layer.attn_norm(x), cos, sin))
+        out: Tensor = self.norm(x)
+        return out
+
+
+@dataclass(slots=True)
+class LlmState:
+    """K/V slots of all streams; what lies past `length` is not there."""
+
+    k: Tensor  # (L, B, KV, N, d) rotated keys, position = index in the slot
+    v: Tensor  # (L, B, KV, N, d)
+    length: Tensor  # (B,) int64 rows written
+    hidden: Tensor  # (B, E) final-normed hidden of the last row written
+
+    @property
+    def n_free(self) -> Tensor:
+        """(B,) rows that still fit."""
+        return self.k.shape[3] - self.length
+
+
+def init_state(
+    cfg: LlmConfig,
+    batch: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LlmState:
+    slots = (cfg.n_layers, batch, cfg.n_kv_heads, cfg.n_slot, cfg.head_width)
+    return LlmState(
+        k=torch.zeros(slots, dtype=dtype, device=device),
+        v=torch.zeros(slots, dtype=dtype, device=device),
+        length=torch.zeros(batch, dtype=torch.int64, device=device),
+        hidden=torch.zeros(batch, cfg.width, dtype=dtype, device=device),
+    )
+
+
+def reset_rows(state: LlmState, mask: Tensor) -> None:
+    """Slots of `mask` (B,) are empty. K/V bytes stay: length 0 makes them invisible."""
+    state.length[mask] = 0
+    state.hidden[mask] = 0.0
+
+
+def append(llm: Llm, state: LlmState, embeds: Tensor, active: Tensor) -> LlmState:
+    """Writes embeds (B, R, E) of the active rows into their slots and keeps the last hidden."""
+    slots = active.nonzero()[:, 0]
+    if len(slots) and embeds.shape[1]:
+        _append_slots(llm, state, embeds[slots], slots)
+    return state
+
+
+def prefill(llm: Llm, state: LlmState, ids: Sequence[list[int] | None]) -> LlmState:
+    """Writes each row's token ids; rows with None or no ids stay as they are."""
+    device = state.length.device
+    for row, tokens in enumerate(ids):  # prefixes are rare and of unequal length
+        if tokens:
+            embeds = llm.embed(torch.tensor([tokens], device=device))
+            _append_slots(llm, state, embeds, torch.tensor([row], device=device))
+    return state
+
+
+def step(
+    llm: Llm, state: LlmState, queries: Tensor, active: Tensor, max_new: Tensor
+) -> tuple[LlmState, list[list[int]]]:
+    """One chunk: queries (B, Q, E) of the active rows in, at most max_new (B,) tokens a row out.
+
+    The stop head is asked before every token and before the vocabulary is touched. Each token's
+    embedding is appended, the last one's too: the next chunk's queries follow it.
+    """
+    tokens: list[list[int]] = [[] for _ in range(queries.shape[0])]
+    state = append(llm, state, queries, active)
+    slots = active.nonzero()[:, 0]
+    stop_at = math.log(llm.stop_threshold / (1.0 - llm.stop_threshold))
+    n_written = 0
+    while len(slots := slots[max_new[slots] > n_written]):
+        slots = slots[llm.stop(state.hidden[slots])[:, 0] <= stop_at]
+        if not len(slots):
+            break
+        ids = llm.logits(state.hidden[slots]).argmax(dim=-1)  # (b,)
+        for slot, token in zip(slots.tolist(), ids.tolist(), strict=True):
+            tokens[slot].append(token)
+        _append_slots(llm, state, llm.embed(ids[:, None]), slots)
+        n_written += 1
+    return state, tokens
+
+
+def _append_slots(llm: Llm, state: LlmState, embeds: Tensor, slots: Tensor) -> None:
+    """Writes embeds (b, R, E) into `slots` (b,): K/V, lengths and last hidden."""
+    cfg, n_rows, n_slot = llm.cfg, embeds.shape[1], state.k.shape[3]
+    start = state.length[slots]
+    if int(start.max()) + n_rows > n_slot:
+        raise ModelError(
+            f"{n_rows} more rows do not fit into a slot of {n_slot}",
+            hint="cut the segment before its slot is full",
+        )
+    position = start[:, None] + torch.arange(n_rows, device=start.device)  # (b, R)
+    cos, sin = rope_table(cfg.rope_theta, cfg.head_width, n_slot, embeds.device)
+    x = embeds.to(state.k.dtype)
+    cos, sin = cos[position][:, None].to(x.dtype), sin[position][:, None].to(x.dtype)
+    length = start + n_rows
+    for i, layer in enumerate(llm.blocks()):
+        q, k, v = layer.attn.project(layer.attn_norm(x), cos, sin)
+        state.k[i][slots[:, None], :, position] = k.transpose(1, 2)  # (b, R, KV, d)
+        state.v[i][slots[:, None], :, position] = v.transpose(1, 2)
+        mixed = decode_attention(q, state.k[i], state.v[i], slots, length)  # (b, H, R, d)
+        x = layer.feed_forward(x + layer.attn.merge(mixed))
+    state.length[slots] = length
+    state.hidden[slots] = llm.norm(x[:, -1])

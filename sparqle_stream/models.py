@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sparqle_stream import weights
 from sparqle_stream.errors import ModelError
 from sparqle_stream.llm import Llm
-from sparqle_stream.weights import TextTokenizer
+
+if TYPE_CHECKING:
+    from sparqle_stream.weights import TextTokenizer
 
 
 def load_llm(

@@ -139,7 +139,9 @@ def _our_name(name: str) -> str:
     return name
 
 
-def load_into(module: nn.Module, state: dict[str, Tensor], *, optional: tuple[str, ...] = ()) -> None:
+def load_into(
+    module: nn.Module, state: dict[str, Tensor], *, optional: tuple[str, ...] = ()
+) -> None:
     """Copy `state` into `module`; every name must fit but those that start with an `optional`."""
     own = module.state_dict()
     missing = [n for n in own if n not in state and not n.startswith(optional or ("\0",))]

@@ -158,7 +158,7 @@ class Trainer:
             noisy = features.step(
                 fcfg, features.init_state(fcfg, n_rows), stack(streams, "noisy"), everyone
             )[1]
-            mel = spec_augment(noisy, rng, SILENT_MEL)
+            mel = spec_augment(noisy, rng, SILENT_MEL) if rng.random() < 0.3 else noisy
             clean = features.step(
                 fcfg, features.init_state(fcfg, n_rows), stack(streams, "clean"), everyone
             )[1]

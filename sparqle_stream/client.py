@@ -58,16 +58,9 @@ async def stream(
     `blocks` may wait (a microphone): an iterable is read in a thread of its own. `options` are
     fields of the query such as chunk_ms or prompt; pace="file" for audio that is not live.
     """
-    full_url = stream_url(url, options)
-    websocket = await _connect(full_url, api_key)
-    sender = asyncio.create_task(_send(websocket, blocks))
-    try:
-        async for event in _receive(websocket, sender, full_url):
-            yield event
-    finally:
-        sender.cancel()
-        await asyncio.gather(sender, return_exceptions=True)
-        await websocket.close()
+    websocket = await _connect(stream_url(url, options), api_key)
+    async for event in _talk(websocket, blocks):
+        yield event
 
 
 def stream_sync(
@@ -88,7 +81,11 @@ def stream_sync(
                     return
                 yield event
         finally:
-            runner.run(_close(events))
+            runner.run(events.aclose())
+
+
+async def _next(events: AsyncGenerator[Event, None]) -> Event:
+    return await anext(events)
 
 
 def stream_url(url: str, options: Mapping[str, str | int] | None = None) -> str:
@@ -146,6 +143,20 @@ def _refusal(at: str, status: int, body: bytes | bytearray | None) -> ServerErro
     return ServerError(f"{at} refused with HTTP {status}", hints.get(status, "try again later"))
 
 
+async def _talk(
+    websocket: ClientConnection, blocks: Iterable[Pcm] | AsyncIterable[Pcm]
+) -> AsyncGenerator[Event, None]:
+    """Both directions of an open connection, which is closed afterwards."""
+    sender = asyncio.create_task(_send(websocket, blocks))
+    try:
+        async for event in _receive(websocket, sender):
+            yield event
+    finally:
+        sender.cancel()
+        await asyncio.gather(sender, return_exceptions=True)
+        await websocket.close()
+
+
 async def _send(websocket: ClientConnection, blocks: Iterable[Pcm] | AsyncIterable[Pcm]) -> None:
     """All audio, then the end. A closed connection ends it quietly: `_receive` says why."""
     from websockets.exceptions import ConnectionClosed
@@ -171,9 +182,7 @@ async def _each(blocks: Iterable[Pcm] | AsyncIterable[Pcm]) -> AsyncIterator[Pcm
         yield block_or_end
 
 
-async def _receive(
-    websocket: ClientConnection, sender: asyncio.Task[None], url: str
-) -> AsyncIterator[Event]:
+async def _receive(websocket: ClientConnection, sender: asyncio.Task[None]) -> AsyncIterator[Event]:
     """Events up to the last one. Raises ServerError when the connection ends without one."""
     from websockets.exceptions import ConnectionClosed
 
@@ -209,11 +218,3 @@ async def _receive(
 async def _one(websocket: ClientConnection) -> str:
     frame = await websocket.recv()
     return frame if isinstance(frame, str) else ""  # binary: from_json says that it is no event
-
-
-async def _next(events: AsyncIterator[Event]) -> Event:
-    return await anext(events)
-
-
-async def _close(events: AsyncGenerator[Event, None]) -> None:
-    await events.aclose()

@@ -62,7 +62,10 @@ class CtcConfig:
 
 @dataclass(frozen=True, slots=True)
 class QFormerConfig:
-    """Queries: one per 80 ms. `kind` is 'window' (streaming), 'stack' (baseline) or 'utterance'."""
+    """Queries: one per 80 ms. `kind` is 'window' (streaming), 'stack' (baseline) or 'utterance'.
+
+    'utterance' asks `n_queries` questions of the whole audio at once: offline only.
+    """
 
     kind: str = "window"
     width: int = 512
@@ -76,6 +79,7 @@ class QFormerConfig:
     frame_ring: int = 64  # encoder frames of the past that cross-attention sees (1.28 s)
     query_ring: int = 64  # past queries that self-attention sees (5.12 s)
     n_delays: int = 13  # 0, 80 .. 960 ms
+    n_queries: int = 100  # of kind 'utterance': SparQLe's number, for audio of any length
 
     def __post_init__(self) -> None:
         if self.kind not in ("window", "stack", "utterance"):
@@ -114,9 +118,7 @@ class VadConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in ("silero", "webrtc", "off"):
-            raise ConfigError(
-                f"unknown VAD {self.kind!r}", hint="use --vad silero, webrtc or off"
-            )
+            raise ConfigError(f"unknown VAD {self.kind!r}", hint="use --vad silero, webrtc or off")
         if not 32 <= self.stop_ms <= 5000:
             raise ConfigError(
                 f"--vad-stop {self.stop_ms} ms is out of range", hint="use 32 to 5000 ms"

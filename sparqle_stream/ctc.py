@@ -8,16 +8,16 @@ means something to the LLM. The greedy path gives the grey tail and the times of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the customary name
+from torch.nn import functional as F
 
 from sparqle_stream.config import FRAMES_PER_CTC, CtcConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tokenizers import Tokenizer
 
 BLANK = 0
@@ -34,9 +34,11 @@ class CtcHead(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """frames (B, T, D), T even -> log-probabilities (B, T / 2, n_pieces) float32."""
-        pairs = frames.unflatten(1, (-1, FRAMES_PER_CTC)).flatten(2)
+        b, t, d = frames.shape
+        pairs = frames.reshape(b, t // FRAMES_PER_CTC, FRAMES_PER_CTC * d)
         x = F.gelu(self.hidden(self.norm(pairs.to(self.norm.weight.dtype))))
-        return self.out(x).float().log_softmax(dim=-1)
+        scores: Tensor = self.out(x)
+        return scores.float().log_softmax(dim=-1)
 
 
 @dataclass(slots=True)
@@ -68,7 +70,10 @@ class CtcPieces:
 
 
 def greedy_path(log_probs: Tensor) -> list[tuple[int, int]]:
-    """log_probs (T, V) -> [(frame, piece)], one entry for every new piece on the best path."""
+    """log_probs (T, V) -> [(frame, piece)], one entry for every new piece on the best path.
+
+    Of a whole utterance: a piece that goes on past the end of a part would be counted twice.
+    """
     best = log_probs.argmax(dim=-1).tolist()
     last, path = BLANK, []
     for frame, piece in enumerate(best):

@@ -10,13 +10,18 @@ stream outlives 30 s. Latency: the end of the chunk, plus config.FRAME_LAG_SAMPL
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the customary name
+from torch.nn import functional as F
 
 from sparqle_kernels.chunk_attention import chunk_attention
-from sparqle_stream.config import EncoderConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sparqle_stream.config import EncoderConfig
 
 MEL_TAIL = 3  # mel frames that the two convolutions look back
 SILENT_MEL = (1.5 - 8.0 + 4.0) / 4.0  # features of digital silence
@@ -45,10 +50,11 @@ class Block(nn.Module):
     def merge(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Adds attention output (B, H, T, d) and the feed-forward layer to x (B, T, D)."""
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.mlp_ln(x))))
+        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.mlp_ln(x))))
+        return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
 
 
 class Encoder(nn.Module):
@@ -64,6 +70,9 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.ln_post = nn.LayerNorm(cfg.width)
         self.register_buffer("positions", sinusoids(cfg.n_positions, cfg.width), persistent=False)
+
+    def layers(self) -> Iterator[Block]:
+        return cast("Iterator[Block]", iter(self.blocks))
 
     def stem(self, mel: Tensor, position: Tensor) -> Tensor:
         """mel (B, 3 + 2 T, 80), position (B,) of the first frame -> (B, T, D)."""
@@ -84,7 +93,7 @@ class Encoder(nn.Module):
         mel = F.pad(mel, (0, 0, MEL_TAIL, 0), value=SILENT_MEL)
         x = self.stem(mel, offset)
         mask = chunk_mask(x.shape[1], chunk_frames, left_frames, x.device)
-        for block in self.blocks:
+        for block in self.layers():
             q, k, v = block.qkv(x)
             x = block.merge(x, masked_attention(q, k, v, mask))
         out: Tensor = self.ln_post(x)
@@ -137,7 +146,7 @@ def step(
     x = encoder.stem(mel, state.position[rows])
     new_position = state.position[rows, None] + torch.arange(n_new, device=mel.device)
     seen_position = state.ring_position[rows]
-    for i, block in enumerate(encoder.blocks):
+    for i, block in enumerate(encoder.layers()):
         q, k, v = block.qkv(x)
         mixed = chunk_attention(q, k, v, state.k[i, rows], state.v[i, rows], seen_position)
         x = block.merge(x, mixed)
@@ -173,7 +182,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
             bias.masked_fill_(~mask, -torch.inf)
         queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
         scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=q.shape[3] ** -0.5)
-        return torch.bmm(scores.softmax(dim=-1), values).unflatten(0, q.shape[:2])
+        return torch.bmm(scores.softmax(dim=-1), values).view(q.shape)
 
 
 def chunk_mask(

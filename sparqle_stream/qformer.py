@@ -8,18 +8,26 @@ key lies in time is told by a learned bias over (key time - query time), never b
 What leaves is `Q-Former output + sum over pieces of p(piece) e(piece)`: the CTC posteriors put
 something close to text before the LLM from the first training step (DESIGN 5.3), and the Q-Former
 learns what CTC does not say. Latency: the end of the chunk.
+
+Of the kind 'utterance' (SparQLe's own) N queries without a place in time ask all frames at once
+and one another in both directions: for comparison offline, `step` refuses it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
-from sparqle_kernels.query_attention import query_attention
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the customary name
+from torch.nn import functional as F
 
+from sparqle_kernels.query_attention import query_attention
 from sparqle_stream.config import FRAMES_PER_CTC, FRAMES_PER_QUERY, QUERY_MS, QFormerConfig
+from sparqle_stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CTC_PER_QUERY = FRAMES_PER_QUERY // FRAMES_PER_CTC
 
@@ -45,10 +53,11 @@ class TimedAttention(nn.Module):
         """x (B, Q, D) + attention over k, v (B, H, L, d); distance, seen (B, Q, L)."""
         age = distance.clamp(-self.reach, self.reach) + self.reach
         mixed = query_attention(self._heads(self.query(self.norm(x))), k, v, age, seen, self.bias)
-        return x + self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
 
 
 class QFormerLayer(nn.Module):
@@ -56,14 +65,17 @@ class QFormerLayer(nn.Module):
 
     def __init__(self, cfg: QFormerConfig) -> None:
         super().__init__()
-        self.self_attn = TimedAttention(cfg, cfg.width, cfg.query_ring)
-        self.cross_attn = TimedAttention(cfg, cfg.encoder_width, cfg.frame_ring)
+        is_timed = cfg.kind == "window"
+        query_reach, frame_reach = (cfg.query_ring, cfg.frame_ring) if is_timed else (0, 0)
+        self.self_attn = TimedAttention(cfg, cfg.width, query_reach)
+        self.cross_attn = TimedAttention(cfg, cfg.encoder_width, frame_reach)
         self.norm = nn.LayerNorm(cfg.width)
         self.fc1 = nn.Linear(cfg.width, cfg.ffn)
         self.fc2 = nn.Linear(cfg.ffn, cfg.width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return out
 
 
 class PosteriorEmbedding(nn.Module):
@@ -81,28 +93,34 @@ class PosteriorEmbedding(nn.Module):
     def forward(self, posterior: Tensor, before: Tensor) -> Tensor:
         """posterior (B, 2 Q, V), before (B, 1, V): the frame before it -> (B, Q, E)."""
         rise = (posterior - torch.cat([before, posterior[:, :-1]], dim=1)).clamp(min=0.0)
-        heard = (rise.to(self.pieces.dtype) @ self.pieces).unflatten(1, (-1, CTC_PER_QUERY))
+        b, t, _ = rise.shape
+        heard = rise.to(self.pieces.dtype) @ self.pieces
+        heard = heard.view(b, t // CTC_PER_QUERY, CTC_PER_QUERY, -1)
         return torch.einsum("bqce,cef->bqf", heard, self.maps)
 
 
 class QFormer(nn.Module):
-    """Weights of the windowed Q-Former or of the stack + MLP baseline (`kind`)."""
+    """Weights of one `kind`: windowed Q-Former, stack + MLP baseline or whole utterances."""
 
     def __init__(self, cfg: QFormerConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.posterior = PosteriorEmbedding(cfg)
-        self.delay = nn.Embedding(cfg.n_delays, cfg.llm_width)
+        if cfg.kind != "utterance":
+            self.posterior = PosteriorEmbedding(cfg)
+            self.delay = nn.Embedding(cfg.n_delays, cfg.llm_width)
+            nn.init.zeros_(self.delay.weight)
         self.out_norm = nn.LayerNorm(cfg.width)
         self.out = nn.Linear(cfg.width, cfg.llm_width)
-        nn.init.zeros_(self.delay.weight)
         nn.init.normal_(self.out.weight, std=1e-3)
         if cfg.kind == "stack":
             self.stack = nn.Linear(FRAMES_PER_QUERY * cfg.encoder_width, cfg.width)
             return
-        n_queries = cfg.n_phases
+        n_queries = cfg.n_phases if cfg.kind == "window" else cfg.n_queries
         self.queries = nn.Parameter(torch.randn(n_queries, cfg.width) * 0.02)
         self.layers = nn.ModuleList(QFormerLayer(cfg) for _ in range(cfg.n_layers))
+
+    def blocks(self) -> Iterator[QFormerLayer]:
+        return cast("Iterator[QFormerLayer]", iter(self.layers))
 
     def embed(self, x: Tensor, posterior: Tensor, before: Tensor, delay_ms: Tensor) -> Tensor:
         """Q-Former output x (B, Q, D) and posteriors -> what the LLM reads (B, Q, E)."""
@@ -117,13 +135,37 @@ class QFormer(nn.Module):
         """Whole utterances with the masks of streaming (chunk_frames 0: one chunk).
 
         frames (B, T, W), log_probs (B, T / 2, V), delay_ms (B,) -> (B, T / 4, E), equal to `step`
-        over chunks.
+        over chunks. Of kind 'utterance' -> (B, n_queries, E); it looks at frames only.
         """
-        cfg, n_frames = self.cfg, frames.shape[1]
+        if self.cfg.kind == "utterance":
+            if chunk_frames:
+                raise _offline_only()
+            return self._ask_everything(frames)
         posterior = log_probs.exp()
         before = torch.zeros_like(posterior[:, :1])
-        if cfg.kind == "stack":
-            return self.embed(self._stacked(frames), posterior, before, delay_ms)
+        is_stack = self.cfg.kind == "stack"
+        x = self._stacked(frames) if is_stack else self._ask_windows(frames, chunk_frames)
+        return self.embed(x, posterior, before, delay_ms)
+
+    def _ask_everything(self, frames: Tensor) -> Tensor:
+        """frames (B, T, W) -> (B, n_queries, E): every query sees all frames, all queries."""
+        x = self.queries[None].expand(len(frames), -1, -1)
+        see_query = x.new_ones(1, x.shape[1], x.shape[1], dtype=torch.bool)
+        see_frame = x.new_ones(1, x.shape[1], frames.shape[1], dtype=torch.bool)
+        # Without a place in time all distances are alike.
+        query_distance, frame_distance = (
+            torch.zeros_like(see, dtype=torch.int64) for see in (see_query, see_frame)
+        )
+        for layer in self.blocks():
+            x = layer.self_attn(x, *layer.self_attn.kv(x), query_distance, see_query)
+            x = layer.cross_attn(x, *layer.cross_attn.kv(frames), frame_distance, see_frame)
+            x = layer.feed_forward(x)
+        out: Tensor = self.out(self.out_norm(x))
+        return out
+
+    def _ask_windows(self, frames: Tensor, chunk_frames: int) -> Tensor:
+        """frames (B, T, W) -> (B, T / 4, D), each query within the sight of its chunk."""
+        cfg, n_frames = self.cfg, frames.shape[1]
         chunk = chunk_frames or n_frames
         frame = torch.arange(n_frames, device=frames.device)
         query = torch.arange(0, n_frames, FRAMES_PER_QUERY, device=frames.device)
@@ -135,16 +177,18 @@ class QFormer(nn.Module):
         see_query = (query < end[:, None]) & (query >= past)
         frame_distance = frame[None] - query[:, None]
         query_distance = (query[None] - query[:, None]) // FRAMES_PER_QUERY
-        for layer in self.layers:
+        for layer in self.blocks():
             k, v = layer.self_attn.kv(x)
             x = layer.self_attn(x, k, v, query_distance[None], see_query[None])
             k, v = layer.cross_attn.kv(frames)
             x = layer.cross_attn(x, k, v, frame_distance[None], see_frame[None])
             x = layer.feed_forward(x)
-        return self.embed(x, posterior, before, delay_ms)
+        return x
 
     def _stacked(self, frames: Tensor) -> Tensor:
-        return F.gelu(self.stack(frames.unflatten(1, (-1, FRAMES_PER_QUERY)).flatten(2)))
+        b, t, w = frames.shape
+        rows = frames.reshape(b, t // FRAMES_PER_QUERY, FRAMES_PER_QUERY * w)
+        return F.gelu(self.stack(rows))
 
     def _phase(self, query: Tensor, end: Tensor) -> Tensor:
         """How many queries follow in the chunk: what a query may know of the future."""
@@ -191,7 +235,7 @@ def reset_rows(state: QFormerState, mask: Tensor) -> None:
     state.position[mask] = 0
 
 
-def step(  # noqa: PLR0913 - the inputs of one chunk
+def step(
     qformer: QFormer,
     state: QFormerState,
     frames: Tensor,
@@ -201,16 +245,16 @@ def step(  # noqa: PLR0913 - the inputs of one chunk
 ) -> tuple[QFormerState, Tensor]:
     """frames (B, T, W), log_probs (B, T / 2, V), delay_ms (B,), active (B,) -> (B, T / 4, E)."""
     cfg = qformer.cfg
+    if cfg.kind == "utterance":
+        raise _offline_only()
     out = frames.new_zeros(frames.shape[0], frames.shape[1] // FRAMES_PER_QUERY, cfg.llm_width)
     rows = active.nonzero()[:, 0]
     if len(rows) == 0 or out.shape[1] == 0:
         return state, out
     new = frames[rows].to(qformer.out.weight.dtype)
     posterior = log_probs[rows].exp()
-    if cfg.kind == "stack":
-        x = qformer._stacked(new)
-    else:
-        x = _ask(qformer, state, new, rows)
+    is_stack = cfg.kind == "stack"
+    x = qformer._stacked(new) if is_stack else _ask(qformer, state, new, rows)
     embedded = qformer.embed(x, posterior, state.posterior[rows], delay_ms[rows])
     out[rows] = embedded.to(out.dtype)
     state.posterior[rows] = posterior[:, -1:]
@@ -218,9 +262,16 @@ def step(  # noqa: PLR0913 - the inputs of one chunk
     return state, out
 
 
+def _offline_only() -> ConfigError:
+    return ConfigError(
+        "a Q-Former of kind 'utterance' works offline only: it asks the whole utterance at once",
+        hint="stream with a model of kind 'window' or 'stack'",
+    )
+
+
 def _ask(qformer: QFormer, state: QFormerState, new: Tensor, rows: Tensor) -> Tensor:
     """One chunk of new frames (b, T, W) through the layers; writes the rings. -> (b, Q, D)."""
-    cfg, n_new = qformer.cfg, new.shape[1]
+    n_new = new.shape[1]
     steps = torch.arange(n_new, device=new.device)
     frame = state.position[rows, None] + steps  # (b, T) absolute
     query = frame[:, ::FRAMES_PER_QUERY]
@@ -233,7 +284,7 @@ def _ask(qformer: QFormer, state: QFormerState, new: Tensor, rows: Tensor) -> Te
     see_query = (query_at >= 0)[:, None].expand_as(query_distance)
     phase = qformer._phase(steps[::FRAMES_PER_QUERY], steps.new_tensor(n_new))
     x = qformer.queries[phase][None].expand(len(rows), -1, -1)
-    for i, layer in enumerate(qformer.layers):
+    for i, layer in enumerate(qformer.blocks()):
         k, v = layer.self_attn.kv(x)
         ring_k, ring_v = state.k[i, rows].to(k.dtype), state.v[i, rows].to(v.dtype)
         both_k, both_v = torch.cat([ring_k, k], dim=2), torch.cat([ring_v, v], dim=2)

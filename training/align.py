@@ -8,12 +8,15 @@ the moment at which the engine could have known it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparqle_stream.ctc import BLANK, CtcPieces
 from training.text import spoken
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 CTC_EARLY_FRAMES = 1  # CTC peaks come about 50 ms before the end of a word (models.md 3.3)
 

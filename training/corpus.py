@@ -8,12 +8,17 @@ Decoding compressed audio once makes an epoch cheap and keeps training free of c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from av import AudioFrame
+    from numpy.typing import NDArray
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -78,13 +83,17 @@ def decode_file(path: Path) -> NDArray[np.int16]:
     parts: list[NDArray[np.int16]] = []
     with av.open(str(path)) as container:
         for frame in container.decode(audio=0):
-            parts += [out.to_ndarray().reshape(-1) for out in resampler.resample(frame)]
-        parts += [out.to_ndarray().reshape(-1) for out in resampler.resample(None)]
+            parts += [_samples(out) for out in resampler.resample(frame)]
+        parts += [_samples(out) for out in resampler.resample(None)]
     return np.concatenate(parts) if parts else np.zeros(0, np.int16)
 
 
+def _samples(frame: AudioFrame) -> NDArray[np.int16]:
+    return frame.to_ndarray().reshape(-1).astype(np.int16, copy=False)
+
+
 def read_manifest(folder: Path) -> Iterator[dict[str, str]]:
-    """Objects of `folder/manifest.jsonl`, paths made absolute."""
+    """Objects of `folder/manifest.jsonl`; audio paths lead on from where `folder` does."""
     for line in (folder / "manifest.jsonl").read_text().splitlines():
         row = json.loads(line)
         row["audio"] = str(folder / row["audio"])

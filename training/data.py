@@ -6,9 +6,8 @@ run can be repeated; torchaudio is not needed.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soxr
@@ -17,7 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparqle_stream.config import FRAME_SAMPLES, SAMPLE_RATE_HZ
-from training.corpus import Clip, Pack
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Iterator
+
+    from training.corpus import Clip, Pack
 
 Floats = NDArray[np.float32]
 LONGEST_CHUNK_SAMPLES = 64 * FRAME_SAMPLES
@@ -83,7 +87,8 @@ class Augmenter:
         # Half of the streams near full level, the rest anywhere in the range.
         low_db = cfg.gain_low_db if rng.random() < 0.5 else -6.0
         gain = 10 ** (rng.uniform(low_db, cfg.gain_high_db) / 20)
-        return np.clip(out * np.float32(gain), -1.0, 1.0).astype(np.float32)
+        loud: Floats = np.clip(out * np.float32(gain), -1.0, 1.0)
+        return loud.astype(np.float32)
 
     def _room(self, pcm: Floats) -> Floats:
         """A short exponential tail of noise as impulse response: a small room."""
@@ -133,10 +138,10 @@ class StreamSampler:
         return pack, self.queues[i].pop()
 
     def stream(self) -> Stream:
-        """Clips with pauses of 0.1 .. 1 s between them, at most `seconds` long."""
-        rng, parts, said = self.rng, [], []
+        """`seconds` of whole clips with pauses of 10 ms .. 1 s between them, mostly short ones."""
+        rng, said = self.rng, list[Utterance]()
         at = round(rng.uniform(0.05, 0.5) * SAMPLE_RATE_HZ)
-        parts.append(np.zeros(at, np.float32))
+        parts = [np.zeros(at, np.float32)]
         limit = round(self.seconds * SAMPLE_RATE_HZ)
         while at < limit * 0.75:
             pack, clip = self._next_clip()
@@ -165,7 +170,7 @@ def stack(streams: list[Stream], which: str) -> Tensor:
 
 
 def spec_augment(mel: Tensor, rng: random.Random, fill: float) -> Tensor:
-    """Two bands and two time spans per row are blanked (Park et al., 2019)."""
+    """Two bands and up to four time spans of every row are blanked (Park et al., 2019)."""
     mel = mel.clone()
     for row in mel:
         for _ in range(2):

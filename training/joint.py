@@ -16,12 +16,13 @@ import time
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from sparqle_stream import features
@@ -36,7 +37,6 @@ from sparqle_stream.config import (
 )
 from sparqle_stream.ctc import CtcHead, CtcPieces
 from sparqle_stream.encoder import SILENT_MEL, Encoder
-from sparqle_stream.llm import Llm
 from sparqle_stream.models import load_llm
 from sparqle_stream.qformer import QFormer
 from training.adapt import Source, make_sampler
@@ -46,6 +46,10 @@ from training.data import AugmentConfig, Stream, spec_augment, stack
 from training.lora import adapter_weights, attach
 from training.text import written
 
+if TYPE_CHECKING:
+    from sparqle_stream.llm import Llm
+
+LONG_WORD_MS = 600  # a word that ends this much after a seam may have begun before it
 BAD_ALIGNMENT = -1.2  # mean log-probability a frame; below it the transcript is not this audio's
 
 
@@ -95,20 +99,25 @@ class Row:
     stop: list[float]  # ... 1 to stop, 0 to write on
 
 
-def interleave(  # noqa: PLR0913 - what a segment is made of
+def interleave(
     words: list[tuple[list[int], int]],
     n_queries: int,
     chunk_queries: int,
     delay_ms: int,
     prefix: list[int],
     first_chunk: int = 0,
+    n_again: int = 0,
 ) -> Row:
     """Words (token ids, end in ms) and queries -> the row that training and serving share.
 
     A word belongs to the first chunk whose end is `delay_ms` or more after the word's end; what
-    is still open after the last chunk is not taught.
+    is still open after the last chunk is not taught. A row that begins at `first_chunk` is a
+    segment after a seam: it hears the last `n_again` queries before it once more, because words
+    that they hold are still to be written.
     """
     row = Row([("t", i) for i in prefix], [], [], [], [])
+    seam = first_chunk * chunk_queries
+    row.items += [("q", i) for i in range(max(0, seam - n_again), seam)]
     pending = list(words)
     for chunk in range(-(-n_queries // chunk_queries)):
         first = chunk * chunk_queries
@@ -241,16 +250,22 @@ class Trainer:
         self, words: list[tuple[list[int], int]], n_queries: int, chunk: int, delay_ms: int
     ) -> Row:
         """A whole segment, or with `p_seam` one that begins later and is primed with its text."""
-        chunk_queries, first = chunk // FRAMES_PER_QUERY, 0
+        chunk_queries, first, n_again = chunk // FRAMES_PER_QUERY, 0, 0
         context: list[int] = []
         n_chunks = -(-n_queries // chunk_queries)
         if self.rng.random() < self.cfg.p_seam and n_chunks > 4:
             first = self.rng.randrange(1, n_chunks // 2)
-            said = [t for t, end in words if end + delay_ms <= first * chunk_queries * QUERY_MS]
+            seam_ms = first * chunk_queries * QUERY_MS
+            said = [t for t, end in words if end + delay_ms <= seam_ms]
+            # The engine's seams hear the time of the delay again, its segments after a pause do
+            # not: only where nobody speaks can a row be either.
+            is_open = any(-delay_ms < end - seam_ms <= LONG_WORD_MS for _, end in words)
+            if is_open or self.rng.random() < 0.5:
+                n_again = -(-delay_ms // QUERY_MS)
             context = [i for ids in said[-self.rng.randint(1, 8) :] for i in ids][-40:]
         newline = list(self.bridge.tokenizer.encode("\n"))
         prefix = [self.bridge.tokenizer.bos_id, *context, *newline]
-        return interleave(words, n_queries, chunk_queries, delay_ms, prefix, first)
+        return interleave(words, n_queries, chunk_queries, delay_ms, prefix, first, n_again)
 
     def blur(self, log_probs: Tensor) -> Tensor:
         """Makes posteriors of known audio as unsure as those of strangers will be."""
@@ -287,7 +302,7 @@ class Trainer:
         text, stop, right = self.losses(queries.bfloat16(), rows)
         loss = text + cfg.stop_weight * stop
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(bridge.groups(), 1.0)
         up = min(1.0, (self.step + 1) / cfg.warmup)
         for group in self.optimizer.param_groups:

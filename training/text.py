@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparqle_stream.ctc import CtcPieces
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "`": "'"})
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def chunk_attention(  # noqa: PLR0913 - one argument per tensor of the op
+def chunk_attention(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, ring_position: Tensor
 ) -> Tensor:
     """A chunk attends to all of itself and to every written entry of the ring.
@@ -18,6 +18,10 @@ def chunk_attention(  # noqa: PLR0913 - one argument per tensor of the op
     """
     keys = torch.cat([ring_k, k], dim=2)
     values = torch.cat([ring_v, v], dim=2)
-    here = ring_position.new_ones(ring_position.shape[0], k.shape[2], dtype=torch.bool)
-    seen = torch.cat([ring_position >= 0, here], dim=1)
+    written = ring_position >= 0
+    # The mask alone is not enough: 0 * NaN is NaN, and a slot's last stream may have left one.
+    for source in (keys, values):
+        source[:, :, : ring_k.shape[2]].masked_fill_(~written[:, None, :, None], 0.0)
+    here = written.new_ones(written.shape[0], k.shape[2])
+    seen = torch.cat([written, here], dim=1)
     return scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None, :])

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
 from torch.nn.functional import scaled_dot_product_attention
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def query_attention(  # noqa: PLR0913 - one argument per tensor of the op
+
+def query_attention(
     q: Tensor, k: Tensor, v: Tensor, age: Tensor, seen: Tensor, bias: Tensor
 ) -> Tensor:
     """softmax(q k / sqrt(d) + bias[h, age]) v over the entries that are `seen`.
 
     q (B, H, Q, d); k, v (B, H, L, d); age (B, Q, L) int64, the index of (key time - query time)
-    in the bias table (H, n_ages); seen (B, Q, L) bool. Returns (B, H, Q, d).
+    in the bias table (H, n_ages); seen (B, Q, L) bool, at least one entry for every query. What no
+    query sees may hold anything, NaN too. Returns (B, H, Q, d).
     """
+    # The mask alone is not enough: 0 * NaN is NaN.
+    unseen = ~seen.any(dim=1)[:, None, :, None]  # (B, 1, L, 1)
+    k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
     scores = bias[:, age].transpose(0, 1)  # (B, H, Q, L)
     mask = scores.masked_fill(~seen[:, None], float("-inf"))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))

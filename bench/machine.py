@@ -1,0 +1,166 @@
+"""The machine card: what a figure was measured on, and whether the machine was free for it.
+
+Out: plain dicts for JSON. Contract: nothing that identifies a person or a host is in a card.
+Timing on a busy machine says little: `require_free` refuses it, and `Watch` tells how much of the
+cores other processes took while a benchmark ran.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sparqle_stream.errors import ConfigError, MissingExtraError
+
+REPO = Path(__file__).resolve().parent.parent
+# What the speed of a step depends on, beside the clock.
+VECTOR_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+# What a figure may change with.
+PACKAGES = (
+    *("sparqle-stream", "torch", "transformers", "tokenizers", "numpy", "onnxruntime"),
+    *("silero-vad", "webrtcvad-wheels", "av", "soxr", "jiwer", "whisper-normalizer"),
+)
+MAX_BUSY_SHARE = 0.1  # of all cores, by other processes, before timing starts
+PROBE_S = 1.0
+
+
+def card(weights_hash: str, n_threads: int) -> dict[str, Any]:
+    """Everything about this machine and this code that a figure may depend on."""
+    return {
+        "cpu": cpu_model(),
+        "cpu_flags": [flag for flag in VECTOR_FLAGS if flag in _cpu_flags()],
+        "cores": os.cpu_count(),
+        "cores_allowed": n_cores_allowed(),
+        "threads": n_threads or n_cores_allowed(),
+        "memory_gb": round(_memory_bytes() / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "commit": commit(),
+        "weights_hash": weights_hash,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+
+
+def cpu_model() -> str:
+    """The name that the processor gives itself."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def n_cores_allowed() -> int:
+    """Cores that this process may use; containers and taskset allow fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that figures may change with."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(repo: Path = REPO) -> str:
+    """The commit of the code, with '+changes' when tracked files differ; '' outside git."""
+    head = _git(repo, "rev-parse", "--short=12", "HEAD")
+    changes = _git(repo, "status", "--porcelain", "--untracked-files=no")
+    return f"{head}+changes" if head and changes else head
+
+
+def peak_rss_mb() -> float:
+    """Most memory that this process has held at once, in 10^6 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+class Watch:
+    """How much of the machine other processes use, from now on.
+
+    `others` is a share of all cores: 0.5 on two cores means that one of them is taken.
+    """
+
+    def __init__(self) -> None:
+        self._psutil = _psutil()
+        self._start = self._spent()
+
+    def others(self) -> float:
+        all_s, busy_s, own_s = (
+            now - then for now, then in zip(self._spent(), self._start, strict=True)
+        )
+        return min(1.0, max(0.0, (busy_s - own_s) / all_s)) if all_s > 0 else 0.0
+
+    def _spent(self) -> tuple[float, float, float]:
+        """Core seconds since boot: all, not idle, ours."""
+        times = self._psutil.cpu_times()._asdict()
+        # Guests are counted in user and nice already.
+        total = sum(s for name, s in times.items() if not name.startswith("guest"))
+        own = time.process_time()
+        return total, total - times["idle"] - times.get("iowait", 0.0), own
+
+
+def busy_share(seconds: float = PROBE_S) -> float:
+    """Share of all cores that other processes take, measured over `seconds`."""
+    watch = Watch()
+    time.sleep(seconds)
+    return watch.others()
+
+
+def require_free(*, is_forced: bool) -> float:
+    """The share of the cores that others take; raises ConfigError when it is too large."""
+    share = busy_share()
+    if share > MAX_BUSY_SHARE and not is_forced:
+        raise ConfigError(
+            f"other programs take {share:.0%} of this machine: timing would say little",
+            hint="stop them, or use --force: the result then says that the machine was busy",
+        )
+    return share
+
+
+def _psutil() -> Any:  # noqa: ANN401 - a module
+    try:
+        import psutil
+    except ImportError as err:
+        raise MissingExtraError("psutil is not installed", hint="pip install -e .[dev]") from err
+    return psutil
+
+
+def _cpuinfo(key: str) -> str:
+    """The first value of a key in /proc/cpuinfo; '' where there is none."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpuinfo("flags").split())
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _git(repo: Path, *args: str) -> str:
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(repo), *args], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return run.stdout.strip()

@@ -1,0 +1,213 @@
+"""Players: a recording in 20 ms packets through the engine -> what came out when, what it cost.
+
+`play` keeps to the clock: packet n is fed once its last sample is spoken, and events are stamped
+with the wall clock by the engine's own thread. `play_virtual` runs the same session and batch in
+one thread, as fast as they go, and keeps the books of the queue that a live engine would have: a
+chunk begins when it is heard and the one before is done. Words and stream times are the same, and
+so is the compute per chunk; what is missing are the delays that the operating system adds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparqle_stream import messages
+from sparqle_stream.batch import Batch
+from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from sparqle_stream.config import EngineConfig, StreamOptions
+    from sparqle_stream.engine import Engine
+    from sparqle_stream.metrics import EngineMetrics
+    from sparqle_stream.models import SparqleModel
+
+    Pcm = npt.NDArray[np.float32]
+    Progress = Callable[[float], None]  # takes seconds of audio that were played
+
+PACKET_SAMPLES = SAMPLE_RATE_HZ // 50
+DONE_TIMEOUT_S = 120.0
+
+
+@dataclass(slots=True)
+class Take:
+    """One recording, played. Times are seconds since the stream began."""
+
+    arrivals: list[tuple[float, messages.Event]] = field(default_factory=list)
+    chunk_seconds: list[float] = field(default_factory=list)  # wall clock of each step
+    stage_seconds: dict[str, float] = field(default_factory=dict)  # wall clock of all steps
+    duration: float = 0.0
+    compute_seconds: float = 0.0
+    late_s: float = 0.0  # how late the latest packet was fed; a busy machine's fault
+
+    @property
+    def events(self) -> list[messages.Event]:
+        return [event for _, event in self.arrivals]
+
+
+def packets(pcm: Pcm) -> Iterator[Pcm]:
+    for start in range(0, len(pcm), PACKET_SAMPLES):
+        yield pcm[start : start + PACKET_SAMPLES]
+
+
+class StepMeter:
+    """Wall clock of single steps, from the engine's counters.
+
+    Read it at least once a chunk: of steps that ended between two readings it knows the mean only.
+    """
+
+    def __init__(self, metrics: Callable[[], EngineMetrics]) -> None:
+        self._metrics = metrics
+        self._last = self._first = metrics()
+        self.chunk_seconds: list[float] = []
+
+    def read(self) -> None:
+        now = self._metrics()
+        if n := now.steps - self._last.steps:
+            spent = now.step_seconds.total_s - self._last.step_seconds.total_s
+            self.chunk_seconds += [spent / n] * n
+            self._last = now
+
+    def stages(self) -> dict[str, float]:
+        """Seconds per stage since the meter was made."""
+        before = self._first.stage_seconds
+        return {
+            name: s - before.get(name, 0.0) for name, s in self._metrics().stage_seconds.items()
+        }
+
+
+def play(
+    engine: Engine,
+    pcm: Pcm,
+    options: StreamOptions,
+    progress: Progress = lambda seconds: None,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Take:
+    """pcm (S,) at the speed of speech through an engine that has no other stream."""
+    take, is_done, meter = Take(), threading.Event(), StepMeter(engine.metrics)
+    start = clock()
+
+    def on_event(event: messages.Event) -> None:
+        take.arrivals.append((clock() - start, event))
+        if isinstance(event, messages.Done | messages.Error):
+            is_done.set()
+
+    stream = engine.open(options, on_event)
+    n_fed = 0
+    for packet in packets(pcm):
+        n_fed += len(packet)
+        wait_s = start + n_fed / SAMPLE_RATE_HZ - clock()
+        if wait_s > 0:
+            sleep(wait_s)
+        take.late_s = max(take.late_s, -wait_s)
+        stream.feed(packet)
+        progress(len(packet) / SAMPLE_RATE_HZ)
+        meter.read()
+    stream.finish()
+    while not is_done.wait(PACKET_SAMPLES / SAMPLE_RATE_HZ):
+        meter.read()
+        if clock() - start > n_fed / SAMPLE_RATE_HZ + DONE_TIMEOUT_S:
+            raise TimeoutError(
+                f"the engine was not done {DONE_TIMEOUT_S:g} s after the last packet"
+            )
+    meter.read()
+    last = take.arrivals[-1][1]
+    if not isinstance(last, messages.Done):
+        raise RuntimeError(f"the stream failed: {last}")
+    take.chunk_seconds, take.stage_seconds = meter.chunk_seconds, meter.stages()
+    take.duration, take.compute_seconds = last.duration, last.compute_seconds
+    return take
+
+
+class VirtualEngine:
+    """One stream at a time in the caller's thread, on a clock that only computing moves."""
+
+    def __init__(self, model: SparqleModel, cfg: EngineConfig) -> None:
+        self._model, self._cfg = model, cfg
+        self._batch = Batch(model, 1)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+
+    @torch.inference_mode()
+    def play(
+        self,
+        pcm: Pcm,
+        options: StreamOptions,
+        progress: Progress = lambda seconds: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> Take:
+        """pcm (S,) -> what `play` would give on a machine with nothing else to do."""
+        self._batch.wipe(0)
+        run = _VirtualRun(
+            self._batch, Session(self._model, options, self._cfg.context_words), clock
+        )
+        for packet in packets(pcm):
+            run.hear(packet)
+            progress(len(packet) / SAMPLE_RATE_HZ)
+        run.finish()
+        return run.take
+
+
+class _VirtualRun:
+    """The books of one virtual stream. `_free_at`: when the one worker is free again."""
+
+    def __init__(self, batch: Batch, session: Session, clock: Callable[[], float]) -> None:
+        self.take = Take()
+        self._batch, self._session, self._clock = batch, session, clock
+        self._free_at = 0.0
+        self._events: list[messages.Event] = []  # of the last chunk
+
+    def hear(self, packet: Pcm) -> None:
+        """The packet arrives with its last sample; the detector and full chunks run."""
+        self.take.duration += len(packet) / SAMPLE_RATE_HZ
+        self._do("vad", lambda: self._session.listen(packet))
+        self._work()
+
+    def finish(self) -> None:
+        self._do("vad", self._session.flush)
+        self._work()
+        duration = self.take.duration
+        done = messages.Done(duration, self.take.compute_seconds, duration)
+        self.take.arrivals.append((self._free_at, done))
+
+    def _work(self) -> None:
+        self._arrive(self._session.announce())
+        while self._session.has_chunk:
+            spent = self._do("chunk", self._step)
+            self.take.chunk_seconds.append(spent)
+            self._arrive(self._events)
+
+    def _step(self) -> None:
+        begin = self._clock()
+        result = self._batch.run({0: self._session})
+        self._events = list(self._session.take(result.tokens[0]))
+        outside = self._clock() - begin - sum(result.seconds.values())
+        stages = self.take.stage_seconds
+        for stage, seconds in (*result.seconds.items(), ("captions", outside)):
+            stages[stage] = stages.get(stage, 0.0) + seconds
+
+    def _do(self, what: str, work: Callable[[], object]) -> float:
+        """Runs work at the stream second at which a live engine would: seconds it took."""
+        begin = self._clock()
+        work()
+        spent = self._clock() - begin
+        self._free_at = max(self._free_at, self.take.duration) + spent
+        self.take.compute_seconds += spent
+        if what == "vad":
+            stages = self.take.stage_seconds
+            stages["vad"] = stages.get("vad", 0.0) + spent
+        return spent
+
+    def _arrive(self, events: Iterable[messages.Event]) -> None:
+        self.take.arrivals += [(self._free_at, event) for event in events]

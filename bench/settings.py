@@ -1,0 +1,111 @@
+"""Settings that every benchmark of the engine shares: model, chunk, delay, detector, precision."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
+from sparqle_stream.errors import ConfigError, SparqleError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from sparqle_stream.models import SparqleModel
+
+EXIT_USER_ERROR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One configuration of the engine. `n_streams` run at once, in one batch."""
+
+    model: str = "sparqle-base-en"
+    llm: str | None = None
+    chunk_ms: int = 320
+    delay_ms: int = 240
+    vad: str = "silero"
+    vad_stop_ms: int = VadConfig().stop_ms
+    dtype: str = "float32"
+    compute: str = "cpu"
+    threads: int = 0
+    n_streams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n_streams < 1:
+            raise ConfigError(f"--batch {self.n_streams} cannot be used", hint="1 or more")
+
+    def stream_options(self) -> StreamOptions:
+        """Raises ConfigError, also for what only the command line could have got wrong."""
+        vad = VadConfig(kind=self.vad, stop_ms=self.vad_stop_ms)
+        return StreamOptions(chunk_ms=self.chunk_ms, delay_ms=self.delay_ms, vad=vad)
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            n_slots=self.n_streams,
+            chunk_ms=self.chunk_ms,
+            threads=self.threads,
+            dtype=self.dtype,
+            compute=self.compute,
+        )
+
+    def load_model(self) -> SparqleModel:
+        from sparqle_stream import models
+
+        return models.load(self.model, llm=self.llm, dtype=self.dtype, device=self.compute)
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON; of paths only the last part, the rest is somebody's disk."""
+        names = {"model": Path(self.model).name, "llm": self.llm and Path(self.llm).name}
+        return asdict(self) | names
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `Settings` except `n_streams`, and --output."""
+    default = Settings()
+    add = parser.add_argument
+    add("--model", default=default.model, metavar="NAME|PATH", help="(default %(default)s)")
+    add("--llm", metavar="NAME|PATH", help="another LLM behind the same bridge")
+    add("--chunk-ms", type=int, default=default.chunk_ms, metavar="MS", help="(%(default)s)")
+    add("--delay-ms", type=int, default=default.delay_ms, metavar="MS", help="(%(default)s)")
+    add("--vad", choices=("silero", "webrtc", "off"), default=default.vad, help="(%(default)s)")
+    add("--vad-stop", type=int, default=default.vad_stop_ms, metavar="MS", help="(%(default)s)")
+    add("--dtype", default=default.dtype, help="float32 or bfloat16 (%(default)s)")
+    add("--compute", choices=("cpu", "cuda"), default=default.compute, help="(%(default)s)")
+    add("--threads", type=int, default=default.threads, help="0: all cores (%(default)s)")
+    add("--output", type=Path, metavar="FILE.json", help="for example in bench/results/")
+
+
+def from_args(args: argparse.Namespace, n_streams: int = 1) -> Settings:
+    return Settings(
+        model=args.model,
+        llm=args.llm,
+        chunk_ms=args.chunk_ms,
+        delay_ms=args.delay_ms,
+        vad=args.vad,
+        vad_stop_ms=args.vad_stop,
+        dtype=args.dtype,
+        compute=args.compute,
+        threads=args.threads,
+        n_streams=n_streams,
+    )
+
+
+def run_and_print(run: Callable[[], dict[str, Any]], output: Path | None) -> int:
+    """The exit status. The result goes to `output` and, in one line, to stdout."""
+    try:
+        result = run()
+    except SparqleError as err:
+        print(f"error: {err.message}", file=sys.stderr)
+        if err.hint:
+            print(f"hint: {err.hint}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+    return 0

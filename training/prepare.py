@@ -1,8 +1,10 @@
-"""Prepare data: `python -m training.prepare pack|text|synth`.
+"""Prepare data: `python -m training.prepare pack|text|synth|pieces|whisper`.
 
 pack   manifests with audio files -> a pack (see training.corpus)
 text   books (.xhtml, .html, .txt) -> one sentence a line
 synth  sentences -> a pack of synthetic speech
+pieces sentences and transcripts -> the CTC head's vocabulary
+whisper  OpenAI's Whisper encoder -> starting weights under our names
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from training.corpus import PackWriter, decode_file, read_manifest
+from training.corpus import Pack, PackWriter, decode_file, read_manifest
 from training.synth import sentences_of, speak
+from training.text import is_spelled_out, train_pieces
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -36,6 +40,26 @@ def synth(args: argparse.Namespace) -> None:
     print(f"{hours:.2f} h of synthetic speech -> {args.out}")
 
 
+def pieces(args: argparse.Namespace) -> None:
+    lines = [line for path in args.text for line in path.read_text().splitlines()]
+    for folder in args.packs:
+        lines += sorted({c.text for c in Pack(folder).clips if is_spelled_out(c.text)})
+    made = train_pieces(lines, args.size, args.out)
+    print(f"{made.size} pieces -> {args.out}")
+
+
+def whisper(args: argparse.Namespace) -> None:
+    """OpenAI's names -> ours; positions are computed, not stored."""
+    renamed = {}
+    for name, value in load_file(args.weights).items():
+        if name.startswith("encoder.") and "positional" not in name:
+            ours = name.removeprefix("encoder.").replace(".attn.", ".")
+            ours = ours.replace("mlp.0", "fc1").replace("mlp.2", "fc2")
+            renamed[ours] = value.float().contiguous()
+    save_file(renamed, args.out)
+    print(f"{len(renamed)} tensors -> {args.out}")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m training.prepare", description=__doc__)
     commands = top.add_subparsers(required=True)
@@ -53,6 +77,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--hours", type=float, default=1.0)
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=synth)
+    one = commands.add_parser("pieces", help="train the CTC head's vocabulary")
+    one.add_argument("out", type=Path)
+    one.add_argument("--text", type=Path, nargs="*", default=[], help="one sentence a line")
+    one.add_argument("--packs", type=Path, nargs="*", default=[], help="packs with transcripts")
+    one.add_argument("--size", type=int, default=256)
+    one.set_defaults(run=pieces)
+    one = commands.add_parser("whisper", help="convert starting weights")
+    one.add_argument("out", type=Path)
+    one.add_argument("weights", type=Path, help="safetensors with openai/whisper's names")
+    one.set_defaults(run=whisper)
     return top
 
 

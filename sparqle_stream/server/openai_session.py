@@ -28,6 +28,7 @@ DELAY_MS = {"minimal": 80, "low": 240, "medium": 400, "high": 640, "xhigh": 960}
 ENCODINGS = {"audio/pcm": "s16le", "audio/pcmu": "mulaw", "audio/pcma": "alaw"}
 DEFAULT_FORMAT = AudioFormat("s16le", 24_000)
 MAX_PREFIX_MS = 1000
+MIN_THRESHOLD = 0.01
 THRESHOLD_GAP = 0.15  # speech ends this much below the threshold at which it begins
 
 # Known to OpenAI's clients, refused here: a value other than null is an error.
@@ -88,7 +89,7 @@ class SessionConfig:
                 stop_ms=turns.silence_duration_ms,
                 preroll_ms=turns.prefix_padding_ms,
                 threshold=turns.threshold,
-                threshold_off=max(0.0, turns.threshold - THRESHOLD_GAP),
+                threshold_off=max(MIN_THRESHOLD, turns.threshold - THRESHOLD_GAP),
             )
         delay_ms = DELAY_MS[self.delay] if self.delay else defaults.delay_ms
         return replace(defaults, prompt=self.prompt, delay_ms=delay_ms, vad=vad)
@@ -259,15 +260,16 @@ def _turns(
     kind = text_field(fields, "type", path) or "server_vad"
     if kind != "server_vad":
         raise FieldError(f"{path}.type", f"{kind[:40]!r} is not supported", "use 'server_vad'")
-    now = cfg.turn_detection or _default_turns(defaults)
-    prefix_ms = _number(
-        fields, "prefix_padding_ms", path, now.prefix_padding_ms, (0, MAX_PREFIX_MS)
-    )
-    stop_ms = _number(fields, "silence_duration_ms", path, now.silence_duration_ms, (32, 5000))
+    default = _default_turns(defaults)
+    now = cfg.turn_detection or default
+
+    def number(name: str, span: tuple[float, float]) -> float:
+        return _number(fields, name, path, getattr(default if name in fields else now, name), span)
+
     return TurnDetection(
-        threshold=float(_number(fields, "threshold", path, now.threshold, (0, 1))),
-        prefix_padding_ms=int(prefix_ms),
-        silence_duration_ms=int(stop_ms),
+        threshold=float(number("threshold", (MIN_THRESHOLD, 1))),
+        prefix_padding_ms=int(number("prefix_padding_ms", (0, MAX_PREFIX_MS))),
+        silence_duration_ms=int(number("silence_duration_ms", (32, 5000))),
     )
 
 

@@ -1,0 +1,194 @@
+"""Our own client: the same words as the engine, and errors that say what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from server_harness import rounded, serving, words
+
+from sparqle_stream import client, messages
+from sparqle_stream.config import EngineConfig, StreamOptions
+from sparqle_stream.engine import Engine
+from sparqle_stream.errors import ConfigError
+
+
+def blocks(pcm, size=1_600):
+    return [pcm[start : start + size] for start in range(0, len(pcm), size)]
+
+
+def test_the_client_hears_what_the_engine_says(engine, url, speech):
+    options = {"pace": "file", "delay_ms": 80, "chunk_ms": 160}
+    events = list(client.stream_sync(url, blocks(speech), options=options))
+    expected = engine.transcribe(speech, StreamOptions(chunk_ms=160, delay_ms=80))
+    assert isinstance(events[0], messages.Ready)
+    assert isinstance(events[-1], messages.Done)
+    assert rounded(words(events)) == rounded(words(expected))
+    assert len(words(events)) >= 5
+
+
+def test_audio_that_comes_as_an_async_iterator(engine, url, speech):
+    async def microphone():
+        for block in blocks(speech, 50_000):  # longer than a frame may be
+            yield block
+            await asyncio.sleep(0)
+
+    async def run():
+        return [e async for e in client.stream(url, microphone(), options={"pace": "file"})]
+
+    assert rounded(words(asyncio.run(run()))) == rounded(words(engine.transcribe(speech)))
+
+
+def test_events_come_while_audio_is_still_being_sent(url, speech):
+    """A live client must not wait for its own end."""
+    first_word = threading.Event()
+    in_time = []
+
+    def microphone():
+        yield from blocks(speech)
+        in_time.append(first_word.wait(20))
+
+    for event in client.stream_sync(url, microphone()):
+        if isinstance(event, messages.Final):
+            first_word.set()
+    assert in_time == [True]
+
+
+def test_giving_up_early_frees_the_slot(engine, url, speech):
+    for event in client.stream_sync(url, blocks(speech)):
+        assert isinstance(event, messages.Ready)
+        break
+    end = time.perf_counter() + 5
+    while engine.metrics().n_streams and time.perf_counter() < end:
+        time.sleep(0.01)
+    assert engine.metrics().n_streams == 0
+
+
+def test_a_microphone_that_fails_is_not_hidden(url):
+    def microphone():
+        yield np.zeros(1_600, np.float32)
+        raise OSError("unplugged")
+
+    with pytest.raises(OSError, match="unplugged"):
+        list(client.stream_sync(url, microphone()))
+
+
+def test_an_error_event_is_the_last_one(url):
+    events = list(client.stream_sync(url, [], options={"chunk_ms": 100}))
+    assert [type(e) for e in events] == [messages.Error]
+    assert events[0].code == "invalid_option"
+
+
+def refused(url, **options):
+    with pytest.raises(client.ServerError) as error:
+        list(client.stream_sync(url, [], **options))
+    return error.value
+
+
+def test_nobody_there():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"ws://127.0.0.1:{free.getsockname()[1]}"
+    error = refused(url)
+    assert error.message == f"cannot connect to {url}/v1/stream: Connection refused"
+    assert "sparqle-stream serve" in error.hint
+
+
+def test_a_name_that_does_not_exist():
+    assert "cannot connect to ws://no.such.host.invalid" in refused("no.such.host.invalid").message
+
+
+def test_somebody_else_is_there():
+    """A web server that knows nothing of websockets."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Silent) as web:
+        thread = threading.Thread(target=web.handle_request)
+        thread.start()
+        error = refused(f"http://127.0.0.1:{web.server_port}")
+        thread.join()
+    assert error.message.endswith("refused with HTTP 404")
+    assert error.hint == "the path is /v1/stream"
+
+
+class Silent(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_wrong_key_and_the_right_one(engine):
+    with serving(engine, api_key="k") as url:
+        error = refused(url, api_key="x")
+        assert "missing or wrong API key" in error.message
+        assert error.hint
+        assert isinstance(list(client.stream_sync(url, [], api_key="k"))[-1], messages.Done)
+
+
+def test_a_full_server(tiny):
+    with Engine(tiny, EngineConfig(n_slots=1, threads=1)) as engine:
+        with serving(engine) as url:
+            engine_stream = engine.open()
+            error = refused(url)
+            engine_stream.cancel()
+        assert "all 1 slots are taken" in error.message
+
+
+def test_a_server_that_dies():
+    """It accepts, then cuts the connection without a word."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def die():
+        from websockets.server import ServerProtocol
+        from websockets.sync.server import ServerConnection
+
+        peer, _ = listener.accept()
+        connection = ServerConnection(peer, ServerProtocol())
+        connection.handshake()
+        peer.shutdown(socket.SHUT_RDWR)
+        connection.close_socket()
+
+    thread = threading.Thread(target=die)
+    thread.start()
+    error = refused(f"ws://127.0.0.1:{listener.getsockname()[1]}")
+    thread.join()
+    listener.close()
+    assert "lost before the end" in error.message
+    assert "(1006)" in error.message
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("ws://h:1", "ws://h:1/v1/stream?"),
+        ("http://h:1/", "ws://h:1/v1/stream?"),
+        ("https://h", "wss://h/v1/stream?"),
+        ("h:1", "ws://h:1/v1/stream?"),
+        ("[::1]:80", "ws://[::1]:80/v1/stream?"),
+        ("ws://h/captions/v1/stream", "ws://h/captions/v1/stream?"),
+    ],
+)
+def test_addresses(given, expected):
+    assert client.stream_url(given) == f"{expected}sample_rate=16000&format=f32le"
+
+
+def test_fields_of_the_address_and_options_are_joined():
+    url = client.stream_url("ws://h?vad=off&chunk_ms=80", {"chunk_ms": 160, "prompt": "a b&c"})
+    query = url.partition("?")[2].split("&")
+    assert query[2:] == ["vad=off", "chunk_ms=160", "prompt=a+b%26c"]
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "ws://", "ftp://h", "ws://h:port", "ws://h:99999", "file.wav/x"]
+)
+def test_what_is_no_address(bad):
+    if bad == "file.wav/x":  # might be a host: told when it cannot be found
+        assert client.stream_url(bad).startswith("ws://file.wav/x?")
+        return
+    with pytest.raises(ConfigError, match="is not the address of a server"):
+        client.stream_url(bad)

@@ -77,23 +77,32 @@ class RmsNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one layer's grouped-query attention."""
+    """Projections of one layer's grouped-query attention.
+
+    For decoding `quantize` may put q, k and v into one matrix: `qkv_proj` instead of the three.
+    """
+
+    qkv_proj: nn.Module | None = None
 
     def __init__(self, cfg: LlmConfig) -> None:
         super().__init__()
         self.head_width = cfg.head_width
-        q_width, kv_width = cfg.n_heads * cfg.head_width, cfg.n_kv_heads * cfg.head_width
+        self.kv_width = cfg.n_kv_heads * cfg.head_width
+        q_width = cfg.n_heads * cfg.head_width
         self.q_proj = nn.Linear(cfg.width, q_width, bias=False)
-        self.k_proj = nn.Linear(cfg.width, kv_width, bias=False)
-        self.v_proj = nn.Linear(cfg.width, kv_width, bias=False)
+        self.k_proj = nn.Linear(cfg.width, self.kv_width, bias=False)
+        self.v_proj = nn.Linear(cfg.width, self.kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, cfg.width, bias=False)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, E) -> rotated q (B, H, T, d), rotated k and plain v (B, KV, T, d)."""
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        )
+        if self.qkv_proj is None:
+            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            both = self.qkv_proj(x)
+            q_width = both.shape[-1] - 2 * self.kv_width
+            parts = both.split([q_width, self.kv_width, self.kv_width], dim=-1)
+        q, k, v = (y.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for y in parts)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -108,7 +117,9 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU feed-forward."""
+    """SwiGLU feed-forward; `quantize` may put gate and up into one matrix, `gate_up_proj`."""
+
+    gate_up_proj: nn.Module | None = None
 
     def __init__(self, cfg: LlmConfig) -> None:
         super().__init__()
@@ -117,7 +128,11 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(cfg.ffn, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
 
@@ -137,10 +152,13 @@ class Layer(nn.Module):
 
 
 class Llm(nn.Module):
-    """Weights of a Llama-family decoder with tied embeddings, plus the stop head.
+    """Weights of a Llama-family decoder, plus the stop head.
 
-    The stop head is trained with the bridge; the rest is what the LLM came with.
+    The stop head is trained with the bridge; the rest is what the LLM came with. Embeddings are
+    tied unless there is a `head`.
     """
+
+    head: nn.Module | None = None
 
     def __init__(self, cfg: LlmConfig) -> None:
         super().__init__()
@@ -161,7 +179,10 @@ class Llm(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final-normed hidden (..., E) -> logits (..., V)."""
-        return F.linear(hidden, self.tokens.weight)
+        if self.head is None:
+            return F.linear(hidden, self.tokens.weight)
+        out: Tensor = self.head(hidden)
+        return out
 
     def forward_train(self, embeds: Tensor) -> Tensor:
         """Whole sequences (B, T, E) -> final-normed hidden (B, T, E).

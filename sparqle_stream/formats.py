@@ -29,6 +29,7 @@ MIN_CUE_S = 1.0
 MAX_CUE_S = 7.0
 CHARS_PER_S = 17.0
 PAUSE_S = 1.0  # a cue does not reach over a longer pause
+SENTENCE_CHARS = 12  # a shorter one ('Yes.', 'Mr.') shares its cue with the next
 CLAUSE_CHARS = 42  # past one full line, the end of a clause ends the cue
 
 
@@ -153,7 +154,7 @@ class CueBuilder:
     def _ends_before(self, word: Word) -> bool:
         text = _joined(self._words)
         return (
-            text.endswith((".", "?", "!", "…"))
+            (text.endswith((".", "?", "!", "…")) and len(text) >= SENTENCE_CHARS)
             or (text.endswith((",", ";", ":", "–", "—")) and len(text) >= CLAUSE_CHARS)
             or word.start - self._words[-1].end > PAUSE_S
             or word.end - self._words[0].start > MAX_CUE_S

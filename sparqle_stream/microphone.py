@@ -268,7 +268,7 @@ class LevelMeter:
 
     def __init__(self) -> None:
         self.dbfs = -120.0  # what a meter shows: up at once, down 40 dB/s
-        self._quiet_s = 0.0
+        self._n_quiet = 0  # samples
         self._is_digital_silence = True
         self._was_told = False
 
@@ -280,14 +280,14 @@ class LevelMeter:
         level = 10 * np.log10(float(np.mean(np.square(pcm, dtype=np.float64))) + 1e-12)
         self.dbfs = max(float(level), self.dbfs - 40 * seconds)
         if level >= SILENCE_DBFS:
-            self._quiet_s, self._is_digital_silence, self._was_told = 0.0, True, False
+            self._n_quiet, self._is_digital_silence, self._was_told = 0, True, False
             return
-        self._quiet_s += seconds
+        self._n_quiet += len(pcm)
         self._is_digital_silence = self._is_digital_silence and not pcm.any()
 
     def notice(self, device_name: str) -> str:
         """Once per silent spell, after 5 s: what is wrong, in one line; else ''."""
-        if self._was_told or self._quiet_s < SILENCE_S:
+        if self._was_told or self._n_quiet < SILENCE_S * SAMPLE_RATE_HZ:
             return ""
         self._was_told = True
         if self._is_digital_silence:

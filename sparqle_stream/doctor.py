@@ -1,0 +1,232 @@
+"""Doctor: what works on this machine, and what to do about what does not.
+
+Contract: looking changes nothing and fetches nothing; a probe that fails is a finding, not an
+error. 'fail' is what keeps captions from working at all; 'note' is what some command lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import platform
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparqle_stream import __version__, messages
+from sparqle_stream.errors import ModelError, SparqleError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+MIN_PYTHON = (3, 11)
+# Distribution -> what does not work without it.
+PACKAGES = {
+    "numpy": "",
+    "tokenizers": "",
+    "safetensors": "",
+    "gguf": "",
+    "soxr": "",
+    "av": "",
+    "onnxruntime": "",
+    "silero-vad": "",
+    "webrtcvad-wheels": "--vad webrtc",
+    "rich": "the live view",
+    "sounddevice": "--mic",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "websockets": "serve and client",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: `status` is ok, note or fail; `hint` says what to do unless it is ok."""
+
+    topic: str
+    status: str
+    detail: str
+    hint: str = ""
+
+
+def examine(model: str, llm: str | None, compute: str) -> list[Finding]:
+    """All findings, in the order in which a person wants them."""
+    return [
+        *_python(),
+        *_packages(),
+        *_torch(),
+        *_cuda(is_wanted=compute == "cuda"),
+        *_audio(),
+        *_model_files(model, llm),
+        *_self_test(compute),
+    ]
+
+
+def as_table(findings: list[Finding]) -> str:
+    """One line a finding, its hint below it, and a summary."""
+    width = max(len(finding.topic) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:<4}  {finding.topic:<{width}}  {finding.detail}")
+        if finding.hint:
+            lines.append(f"{'':<{width + 8}}-> {finding.hint}")
+    n_failed = sum(finding.status == "fail" for finding in findings)
+    lines += ["", f"{n_failed} problems to mend" if n_failed else "captions will work here"]
+    return "\n".join(lines)
+
+
+def as_json(findings: list[Finding]) -> str:
+    """The findings for machines, and whether captions will work."""
+    is_ok = all(finding.status != "fail" for finding in findings)
+    return json.dumps({"ok": is_ok, "findings": [asdict(f) for f in findings]}, indent=2)
+
+
+def _python() -> list[Finding]:
+    version = platform.python_version()
+    where = f"sparqle-stream {__version__}, Python {version}, {platform.platform(terse=True)}"
+    if sys.version_info < MIN_PYTHON:
+        return [Finding("python", "fail", where, f"use Python {MIN_PYTHON[0]}.{MIN_PYTHON[1]}")]
+    return [Finding("python", "ok", where)]
+
+
+def _packages() -> list[Finding]:
+    there, findings = [], []
+    for name, purpose in PACKAGES.items():
+        try:
+            there.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            status, lacks = ("note", f", so no {purpose}") if purpose else ("fail", "")
+            detail = f"{name} is not installed{lacks}"
+            findings.append(Finding("packages", status, detail, f"pip install {name}"))
+    return [Finding("packages", "ok", ", ".join(there)), *findings]
+
+
+def _torch() -> list[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as err:
+        return [Finding("torch", "fail", f"cannot be imported: {err}", "pip install torch")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    detail = (
+        f"{torch.__version__}, {torch.get_num_threads()} threads on {cores} cores,"
+        f" {torch.backends.cpu.get_cpu_capability()}"
+    )
+    return [Finding("torch", "ok", detail)]
+
+
+def _cuda(*, is_wanted: bool) -> list[Finding]:
+    """CUDA devices and Triton; without a GPU both are only worth a note."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return []
+    missing = "fail" if is_wanted else "note"
+    if not torch.cuda.is_available():
+        why = (
+            "this torch is built without CUDA" if torch.version.cuda is None else "no device found"
+        )
+        return [Finding("cuda", missing, f"{why}; the CPU is used", "--compute cpu needs none")]
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    findings = [Finding("cuda", "ok", f"CUDA {torch.version.cuda}: {', '.join(names)}")]
+    try:
+        findings.append(Finding("triton", "ok", metadata.version("triton")))
+    except metadata.PackageNotFoundError:
+        hint = "pip install 'sparqle-stream[gpu]'"
+        findings.append(Finding("triton", "note", "not installed: slower on CUDA", hint))
+    return findings
+
+
+def _audio() -> list[Finding]:
+    from sparqle_stream import microphone
+
+    try:
+        devices = microphone.input_devices()
+        chosen = microphone.choose(None, devices)
+    except SparqleError as err:
+        return [Finding("microphone", "note", err.message, err.hint)]
+    others = f" and {len(devices) - 1} more (--list-devices)" if len(devices) > 1 else ""
+    detail = f"{chosen.name} ({chosen.host_api}, {chosen.rate_hz} Hz){others}"
+    return [Finding("microphone", "ok", detail)]
+
+
+def _model_files(model: str, llm: str | None) -> list[Finding]:
+    """Every file of the model and of its LLM, by hash where one is pinned."""
+    from sparqle_stream import artifacts
+
+    findings = []
+    for info in artifacts.list_models():
+        if info.name != model and info.name not in (llm, artifacts.BUNDLED.get(model)):
+            continue
+        try:
+            artifacts.verify(info.name)
+        except SparqleError as err:
+            findings.append(Finding(f"model {info.name}", "fail", err.message, err.hint))
+        else:
+            detail = f"{info.where}, {info.n_bytes / 1e6:.1f} MB, hashes as pinned"
+            findings.append(Finding(f"model {info.name}", "ok", detail))
+    if not findings:
+        findings.append(Finding(f"model {model}", "note", "not one with pinned hashes: unchecked"))
+    return findings
+
+
+def _self_test(compute: str) -> list[Finding]:
+    """Runs a random model over a second of noise, and sees which kernels that called."""
+    try:
+        seconds, used = _run_tiny(compute)
+    except SparqleError as err:
+        return [Finding("self-test", "fail", err.message, err.hint)]
+    except Exception as err:  # noqa: BLE001 - whatever breaks here would break captions
+        hint = "sparqle-stream --debug --model random:tiny FILE shows the whole story"
+        return [Finding("self-test", "fail", f"{type(err).__name__}: {err}", hint)]
+    detail = f"1 s of sound through a random model in {seconds:.2f} s"
+    findings = [Finding("self-test", "ok", detail)]
+    for kernel, implementations in sorted(used.items()):
+        chosen = " and ".join(sorted(implementations))
+        findings.append(Finding(f"kernel {kernel}", "ok", f"{chosen} ({_why(kernel, compute)})"))
+    return findings
+
+
+def _run_tiny(compute: str) -> tuple[float, dict[str, set[str]]]:
+    """Seconds that a second of sound took; kernel -> its implementations that were called."""
+    import numpy as np
+
+    from sparqle_stream import models
+    from sparqle_stream.config import SAMPLE_RATE_HZ, EngineConfig, StreamOptions, VadConfig
+    from sparqle_stream.engine import Engine
+
+    used: dict[str, set[str]] = {}
+
+    def watch(frame: FrameType, event: str, _arg: object) -> None:
+        match str(frame.f_globals.get("__name__")).split("."):
+            case ["sparqle_kernels", kernel, implementation] if event == "call":
+                used.setdefault(kernel, set()).add(implementation)
+
+    model = models.load("random:tiny", device=compute)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(SAMPLE_RATE_HZ).astype(np.float32)
+    threading.setprofile(watch)  # the engine's worker starts after this
+    try:
+        started = time.perf_counter()
+        with Engine(model, EngineConfig(n_slots=1, compute=compute)) as engine:
+            events = engine.transcribe(noise, StreamOptions(vad=VadConfig(kind="off")))
+        seconds = time.perf_counter() - started
+    finally:
+        threading.setprofile(None)
+    if isinstance(events[-1], messages.Error):
+        raise ModelError(events[-1].message, hint=events[-1].hint)
+    return seconds, used
+
+
+def _why(kernel: str, compute: str) -> str:
+    """The reason for the choice that was seen."""
+    import sparqle_kernels
+
+    folders = [str(Path(folder) / kernel) for folder in sparqle_kernels.__path__]
+    others = {module.name for module in pkgutil.iter_modules(folders)} - {"reference"}
+    if not others:
+        return "the only implementation"
+    return f"for {compute}; there are reference, {', '.join(sorted(others))}"

@@ -1,0 +1,1 @@
+"""Stand-ins for hardware that test machines do not have."""

@@ -165,12 +165,14 @@ class _VirtualRun:
     def __init__(self, batch: Batch, session: Session, clock: Callable[[], float]) -> None:
         self.take = Take()
         self._batch, self._session, self._clock = batch, session, clock
+        self._n_heard = 0
         self._free_at = 0.0
         self._events: list[messages.Event] = []  # of the last chunk
 
     def hear(self, packet: Pcm) -> None:
         """The packet arrives with its last sample; the detector and full chunks run."""
-        self.take.duration += len(packet) / SAMPLE_RATE_HZ
+        self._n_heard += len(packet)
+        self.take.duration = self._n_heard / SAMPLE_RATE_HZ
         self._do("vad", lambda: self._session.listen(packet))
         self._work()
 

@@ -1,0 +1,62 @@
+"""Recordings in a language whose captions are known: what `testing.say` spells, as files."""
+
+from __future__ import annotations
+
+import json
+import wave
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from bench import manifests
+from sparqle_stream import testing
+from sparqle_stream.config import SAMPLE_RATE_HZ
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    MakeFolder = Callable[[str, list[dict[str, str]]], Path]
+
+
+def write_wav(path: Path, pcm: np.ndarray) -> None:
+    """PCM (S,) as 16-bit WAV; the levels of `say` come back exactly."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE_HZ)
+        file.writeframes(np.rint(pcm * 32768).astype("<i2").tobytes())
+
+
+@pytest.fixture
+def make_folder(tmp_path) -> MakeFolder:
+    """A folder of recordings: each entry `said` becomes sound, the others go to the manifest."""
+
+    def make(name: str, entries: list[dict[str, str]]) -> Path:
+        folder = tmp_path / name
+        lines = []
+        for i, entry in enumerate(entries):
+            said = entry.pop("said")
+            pcm = testing.say(said.split()) if said else np.zeros(SAMPLE_RATE_HZ, np.float32)
+            write_wav(folder / f"audio/{i}.wav", pcm)
+            lines.append(json.dumps({"id": f"r{i}", "audio": f"audio/{i}.wav"} | entry))
+        (folder / manifests.MANIFEST).write_text("\n".join(lines) + "\n")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """The model to load while every engine writes exactly what was spelled."""
+    monkeypatch.setattr("sparqle_stream.engine.Batch", testing.OracleBatch)
+    monkeypatch.setattr("bench.players.Batch", testing.OracleBatch)
+    return testing.oracle_model()
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """A machine that nobody else uses."""
+    monkeypatch.setattr("bench.machine.busy_share", lambda: 0.0)

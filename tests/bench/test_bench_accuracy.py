@@ -1,0 +1,173 @@
+"""Accuracy: an engine that writes what was spelled is scored against references made wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import accuracy, manifests, report
+from bench.settings import Settings
+from sparqle_stream import testing
+
+QUICK = Settings(vad="off")
+
+
+@pytest.fixture
+def speech(make_folder):
+    """Ten words of reference in four recordings of two speakers, with four errors."""
+    return make_folder(
+        "sets/speech",
+        [
+            {"said": "good day to all", "text": "GOOD DAY TO ALL", "speaker": "ann"},
+            {"said": "good day", "text": "Good night.", "speaker": "bob"},  # substituted, the last
+            {"said": "to all", "text": "to us all", "speaker": "bob"},  # deleted
+            {"said": "all of it", "text": "all", "speaker": "ann"},  # inserted twice
+        ],
+    )
+
+
+@pytest.fixture
+def noise(make_folder):
+    return make_folder(
+        "sets/noise",
+        [{"said": "", "text": ""}, {"said": "hm", "text": ""}, {"said": "", "text": ""}],
+    )
+
+
+def test_errors_of_a_known_transcript(oracle, idle, speech, noise):
+    sets = [manifests.read(speech), manifests.read(noise)]
+    result = accuracy.measure(oracle, QUICK, sets, with_ctc=False)
+    spoken, noisy = result["sets"]
+    assert spoken["name"] == "sets/speech"
+    assert (spoken["revisions"], spoken["failed"]) == (0, 0)
+    figures = spoken["speech"]
+    counts = ("words", "substitutions", "deletions", "insertions", "utterances")
+    assert [figures[c] for c in counts] == [10, 1, 1, 2, 4]
+    assert figures["wer_percent"] == 40.0
+    assert figures["last_word_recall_percent"] == 75.0
+    assert {name: s["wer_percent"] for name, s in figures["speakers"].items()} == {
+        "ann": 40.0,
+        "bob": 40.0,
+    }
+    assert figures["delays_stream_time"]["emission_ms"]["n"] == 11
+    assert "noise" not in spoken
+    assert "speech" not in noisy
+    assert noisy["noise"]["false_words"] == 1
+    minutes = (2 * 1.0 + 0.04 * 3 + 0.16) / 60
+    assert noisy["noise"]["false_words_per_minute"] == pytest.approx(1 / minutes, rel=0.01)
+    assert noisy["noise"]["worst"] == {"r1": {"words": 1, "first": "hm"}}
+
+
+def test_the_result_says_what_it_was_measured_with(oracle, idle, speech):
+    result = accuracy.measure(oracle, QUICK, [manifests.read(speech, limit=1)], with_ctc=False)
+    assert result["machine"]["weights_hash"] == oracle.weights_hash
+    assert result["settings"]["vad"] == "off"
+    assert result["sets"][0]["recordings_in_manifest"] == 4
+    timing = result["timing"]
+    assert timing["audio_seconds"] == pytest.approx(0.04 + 0.04 * 12 + 0.16 * 4, abs=0.01)
+    assert timing["rtf"] == pytest.approx(
+        timing["compute_seconds"] / timing["audio_seconds"], abs=0.05
+    )
+    assert not timing["machine_was_busy"]
+
+
+def test_a_busy_machine_does_not_stop_it_but_is_noted(oracle, monkeypatch, speech):
+    monkeypatch.setattr("bench.machine.busy_share", lambda: 0.8)
+    result = accuracy.measure(oracle, QUICK, [manifests.read(speech)], with_ctc=False)
+    assert result["timing"]["machine_was_busy"]
+    assert result["timing"]["others_share_before"] == 0.8
+
+
+def comparable(result) -> list[dict]:
+    return [
+        {key: value for key, value in s.items() if key not in ("rtf", "compute_seconds")}
+        for s in result["sets"]
+    ]
+
+
+def test_streams_at_once_change_nothing_but_the_time(tiny, idle, speech):
+    """The tiny model writes nonsense that depends on every bit it hears."""
+    sets = [manifests.read(speech)]
+    alone = accuracy.measure(tiny, QUICK, sets)
+    together = accuracy.measure(tiny, Settings(vad="off", n_streams=3), sets)
+    assert alone["sets"][0]["speech"]["insertions"] + alone["sets"][0]["speech"]["words"] > 0
+    assert comparable(together) == comparable(alone)
+
+
+def test_the_page_can_be_made_of_the_result(tiny, idle, speech, noise):
+    result = accuracy.measure(tiny, QUICK, [manifests.read(speech), manifests.read(noise)])
+    page = report.render([("x.json", json.loads(json.dumps(result)))])
+    figures = result["sets"][0]["speech"]
+    assert f"**{figures['wer_percent']:.1f}**" in page
+    assert f"| {figures['greedy_ctc']['wer_percent']:.1f} |" in page
+
+
+class BrokenBatch(testing.OracleBatch):
+    """Fails when it hears a q."""
+
+    def run(self, sessions):
+        result = super().run(sessions)
+        q = 1 + len(testing.LETTERS) + testing.LETTERS.index("q")
+        if any(q in slot.codes for slot in self.slots):
+            raise RuntimeError("a bug")
+        return result
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_stream_that_fails_counts_as_nothing_written(monkeypatch, idle, make_folder):
+    """A crash must not take its recording out of the figure."""
+    monkeypatch.setattr("sparqle_stream.engine.Batch", BrokenBatch)
+    folder = make_folder(
+        "sets/q", [{"said": "all day", "text": "all day"}, {"said": "aqua", "text": "aqua park"}]
+    )
+    result = accuracy.measure(testing.oracle_model(), QUICK, [manifests.read(folder)])
+    (of_set,) = result["sets"]
+    assert of_set["failed"] == 1
+    assert (of_set["speech"]["words"], of_set["speech"]["deletions"]) == (4, 2)
+
+
+def test_transcripts_stand_side_by_side(oracle, idle, speech, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    sets = [manifests.read(speech)]
+    accuracy.measure(oracle, QUICK, sets, with_ctc=False, transcripts=path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(x["id"], x["reference"], x["text"]) for x in lines[:2]] == [
+        ("r0", "GOOD DAY TO ALL", "good day to all"),
+        ("r1", "Good night.", "good day"),
+    ]
+    assert [w["word"] for w in lines[1]["words"]] == ["good", "day"]
+
+
+def test_the_command_prints_one_json_document(idle, speech, noise, tmp_path, capsys):
+    output = tmp_path / "results" / "x.json"
+    arguments = [str(speech), "--noise", str(noise), "--model", "random:tiny", "--vad", "off"]
+    assert accuracy.main([*arguments, "--limit", "1", "--output", str(output)]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    assert result == json.loads(output.read_text())
+    assert [s["recordings"] for s in result["sets"]] == [1, 1]
+    assert "captions sets/speech" in said.err
+    assert str(tmp_path) not in output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["nowhere"], "manifest.jsonl"),
+        (["--chunk-ms", "100"], "--chunk-ms 100"),
+        (["--batch", "0"], "--batch 0"),
+        (["--model", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_errors_say_what_to_do(capsys, arguments, what):
+    assert accuracy.main(arguments) == 2
+    said = capsys.readouterr()
+    assert what in said.err
+    assert "hint: " in said.err
+    assert said.out == ""
+
+
+def test_speech_is_not_taken_as_noise(speech, capsys):
+    assert accuracy.main(["--noise", str(speech)]) == 2
+    assert "is no noise" in capsys.readouterr().err

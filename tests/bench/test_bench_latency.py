@@ -1,0 +1,211 @@
+"""Latency: the players against hand-kept books, and against each other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bench import latency, manifests, players, report
+from bench.players import StepMeter, Take, VirtualEngine
+from bench.settings import Settings
+from sparqle_stream import testing
+from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
+from sparqle_stream.engine import Engine
+from sparqle_stream.messages import Done, Final, Ready, SpeechStarted, SpeechStopped, Word
+from sparqle_stream.metrics import EngineMetrics
+
+NO_VAD = StreamOptions(vad=VadConfig(kind="off"))
+CFG = EngineConfig(n_slots=1, threads=1)
+
+
+class Clock:
+    """Stands still; `slow` lets a batch's step take time."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def slow(self, monkeypatch, *seconds: float) -> None:
+        """Steps take these times in turn, the last one for ever."""
+        times = list(seconds)
+        run = testing.OracleBatch.run
+
+        def slow_run(batch, sessions):
+            self.now += times.pop(0) if len(times) > 1 else times[0]
+            return run(batch, sessions)
+
+        monkeypatch.setattr(testing.OracleBatch, "run", slow_run)
+
+
+def test_a_virtual_stream_queues_as_a_live_one_would(oracle, monkeypatch):
+    """Chunks of 320 ms are heard at 0.32, 0.64, 0.96, 1.28. The first step takes 0.5 s, so the
+    second begins at 0.82; with 0.1 s each the third then waits until 0.92 > .. and so on:
+    0.32 + 0.5 = 0.82, 0.82 + 0.1 = 0.92, 0.96 + 0.1 = 1.06, 1.28 + 0.1 = 1.38.
+    """
+    clock = Clock()
+    clock.slow(monkeypatch, 0.5, 0.1)
+    pcm = testing.say(["a", "be", "see", "dee"])[: 4 * 5120]
+    take = VirtualEngine(oracle, CFG).play(np.resize(pcm, 4 * 5120), NO_VAD, clock=clock)
+    assert take.chunk_seconds[:4] == pytest.approx([0.5, 0.1, 0.1, 0.1])
+    finals = {round(e.time, 3): round(at, 3) for at, e in take.arrivals if isinstance(e, Final)}
+    done_at = {0.32: 0.82, 0.64: 0.92, 0.96: 1.06}
+    assert len(finals) >= 2
+    for heard_at, arrived in finals.items():
+        if heard_at in done_at:
+            assert arrived == pytest.approx(done_at[heard_at])
+    assert take.compute_seconds == pytest.approx(sum(take.chunk_seconds))
+    assert take.duration == pytest.approx(1.28)
+
+
+def test_a_fast_virtual_stream_is_never_late(oracle, monkeypatch):
+    clock = Clock()
+    clock.slow(monkeypatch, 0.03)
+    pcm = testing.say(["now", "we", "are", "all", "here", "and", "so", "it", "goes"])
+    take = VirtualEngine(oracle, CFG).play(pcm, NO_VAD, clock=clock)
+    waits = [at - e.time for at, e in take.arrivals if isinstance(e, Final)]
+    # The last chunks, of padding, are there all at once when the stream ends.
+    assert waits[0] == pytest.approx(0.03)
+    assert all(wait == pytest.approx(0.03 * round(wait / 0.03)) for wait in waits)
+    assert latency.figures([take])["rtf"] == pytest.approx(
+        0.03 * len(take.chunk_seconds) / (len(pcm) / 16_000), abs=1e-3
+    )
+
+
+def stream_side(events) -> list:
+    """Events without what is a clock's or a random name."""
+    out = []
+    for event in events:
+        event = replace(event, lag=0.0)
+        if isinstance(event, Done):
+            event = replace(event, compute_seconds=0.0)
+        if not isinstance(event, Ready):
+            out.append(event)
+    return out
+
+
+def test_both_players_say_what_the_engine_says(tiny, clip):
+    """At the speed of speech, without waiting, and in one call: the same events."""
+    pcm = clip[: 2 * 16_000]
+    options = StreamOptions(chunk_ms=640)
+    with Engine(tiny, replace(CFG, chunk_ms=640)) as engine:
+        wanted = stream_side(engine.transcribe(pcm, options))
+        before = engine.metrics().chunks
+        live = players.play(engine, pcm, options)
+        n_chunks = engine.metrics().chunks - before
+    virtual = VirtualEngine(tiny, CFG).play(pcm, options)
+    assert sum(isinstance(e, Final) for e in wanted) >= 2
+    assert stream_side(live.events) == wanted
+    assert stream_side(virtual.events) == wanted
+    assert len(live.chunk_seconds) == len(virtual.chunk_seconds) == n_chunks
+    assert live.duration == virtual.duration == 2.0
+    # Nothing is said before it was spoken.
+    assert all(at >= e.time for at, e in live.arrivals if isinstance(e, Final))
+    assert sum(live.chunk_seconds) <= live.compute_seconds
+    assert {"vad", "encoder", "llm", "captions"} <= live.stage_seconds.keys()
+    assert live.stage_seconds.keys() == virtual.stage_seconds.keys()
+
+
+def test_a_stream_that_fails_is_not_timed(tiny, clip, monkeypatch):
+    def broken(batch, sessions):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("sparqle_stream.engine.Batch.run", broken)
+    with Engine(tiny, CFG) as engine, pytest.raises(RuntimeError, match="a bug"):
+        players.play(engine, clip[:16_000], NO_VAD)
+
+
+def test_the_meter_tells_steps_apart():
+    """Two steps between two readings are known by their mean only."""
+    now = EngineMetrics(n_slots=1)
+    now.steps, now.stage_seconds = 7, {"llm": 1.0}  # of streams before
+    now.step_seconds.add(9.0)
+    meter = StepMeter(lambda: now.copy())
+    for seconds in ([0.25], [], [0.5, 0.25]):
+        for spent in seconds:
+            now.steps += 1
+            now.step_seconds.add(spent)
+        meter.read()
+    now.stage_seconds = {"llm": 1.75, "vad": 0.25}
+    assert meter.chunk_seconds == pytest.approx([0.25, 0.375, 0.375])
+    assert meter.stages() == {"llm": 0.75, "vad": 0.25}
+
+
+def take_of(at: float, ended: float) -> Take:
+    """One word, 0.2 .. 0.5 s, that had to be heard until 1.0 and arrived at `at`."""
+    word = Final("hi", (Word("hi", 0.2, 0.5, 1.0),), 0, 1.0)
+    return Take(
+        arrivals=[
+            (0.0, SpeechStarted(0.1)),
+            (at, word),
+            (ended, SpeechStopped(1.2)),
+            (2.1, Done(2.0, 0.3, 2.0)),
+        ],
+        chunk_seconds=[0.02, 0.04, 0.06],
+        stage_seconds={"llm": 0.1, "encoder": 0.02},
+        duration=2.0,
+        compute_seconds=0.3,
+        late_s=at / 1000,
+    )
+
+
+def test_figures_by_hand():
+    """Emission 500 ms heard, 550 and 650 with the clock: their median is 600, p90 640."""
+    got = latency.figures([take_of(1.05, 1.3), take_of(1.15, 1.3)])
+    assert got["algorithmic"]["emission_ms"]["p50"] == 500.0
+    assert got["algorithmic"]["first_word_ms"]["max"] == 800.0
+    assert got["with_compute"]["emission_ms"] == {
+        "n": 2,
+        "p50": 600.0,
+        "p90": 640.0,
+        "p95": 645.0,
+        "p99": 649.0,
+        "max": 650.0,
+    }
+    assert got["with_compute"]["first_word_ms"]["p50"] == 900.0
+    assert got["with_compute"]["end_of_speech_to_final_ms"]["p50"] == 600.0
+    assert got["chunk_compute_ms"]["n"] == 6
+    assert got["chunk_compute_ms"]["p50"] == 40.0
+    assert got["stage_ms_per_audio_second"] == {"llm": 50.0, "encoder": 10.0}
+    assert got["rtf"] == 0.15
+    assert got["latest_packet_ms"] == 1.1
+
+
+@pytest.fixture
+def folder(make_folder):
+    return make_folder(
+        "sets/two", [{"said": "good day", "text": "x"}, {"said": "all", "text": "y"}]
+    )
+
+
+@pytest.mark.parametrize("is_virtual", [True, False], ids=["virtual", "live"])
+def test_a_whole_run_gives_a_page(oracle, idle, folder, is_virtual):
+    sets = [manifests.read(folder)]
+    result = latency.run(oracle, Settings(vad="off", threads=1), sets, is_virtual=is_virtual)
+    assert result["algorithmic"]["emission_ms"]["n"] == 3  # the warm-up does not count
+    seconds = (2 * 1 + 10) * 0.04 + 3 * 0.16
+    assert result["audio_seconds"] == pytest.approx(seconds, abs=0.01)
+    page = report.render([("x.json", json.loads(json.dumps(result)))])
+    assert result["timing"]["pace"] in page
+    assert "sets/two (2 files)" in page
+
+
+def test_a_busy_machine_is_refused_before_anything_is_loaded(monkeypatch, folder, capsys):
+    monkeypatch.setattr("bench.machine.busy_share", lambda: 0.6)
+    assert latency.main([str(folder), "--model", "no-such-model"]) == 2
+    said = capsys.readouterr().err
+    assert "60%" in said
+    assert "--force" in said
+
+
+def test_the_command_forced_on_a_busy_machine_says_so(monkeypatch, folder, capsys):
+    monkeypatch.setattr("bench.machine.busy_share", lambda: 0.6)
+    arguments = [str(folder / "audio" / "1.wav"), "--virtual", "--force", "--vad", "off"]
+    assert latency.main([*arguments, "--model", "random:tiny"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["timing"]["machine_was_busy"]
+    assert result["sets"] == [{"name": "files", "recordings": 1, "manifest_sha256": ""}]

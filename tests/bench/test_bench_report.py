@@ -1,0 +1,229 @@
+"""The report: every figure of a result is on the page, with where it comes from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+
+from bench import report
+from bench.delays import percentiles_ms
+from sparqle_stream.errors import ConfigError
+
+CARD = {
+    "cpu": "Example CPU",
+    "cpu_flags": ["avx512f"],
+    "cores": 4,
+    "cores_allowed": 2,
+    "threads": 2,
+    "memory_gb": 16.5,
+    "system": "Linux x86_64",
+    "python": "3.11.9",
+    "versions": {"torch": "2.13.0"},
+    "load_average": [0.1, 0.2, 0.3],
+    "commit": "0123456789ab",
+    "weights_hash": "feedbeef00112233",
+    "date": "2025-11-22T10:00Z",
+}
+SETTINGS = {
+    "model": "sparqle-base-en",
+    "llm": None,
+    "chunk_ms": 320,
+    "delay_ms": 240,
+    "vad": "silero",
+    "dtype": "float32",
+    "n_streams": 4,
+}
+TIMING = {
+    "audio_seconds": 600.0,
+    "rtf": 0.1234,
+    "peak_rss_mb": 801.4,
+    "machine_was_busy": False,
+    "others_share_before": 0.01,
+    "wall_seconds": 80.0,
+    "pace": "virtual",
+}
+DELAYS = {
+    "emission_ms": percentiles_ms([0.301, 0.411]),
+    "first_word_ms": percentiles_ms([0.522]),
+    "end_of_speech_to_final_ms": percentiles_ms([0.633]),
+}
+COUNTS = {"words": 100, "substitutions": 11, "deletions": 7, "insertions": 5, "utterances": 9}
+SPEECH = COUNTS | {
+    "wer_percent": 23.0,
+    "last_word_recall_percent": 77.7,
+    "wer_interval_95": [20.0, 26.0],
+    "wer_interval_95_speakers": [18.5, 29.25],
+    "speakers": {"s1": COUNTS | {"wer_percent": 31.0}, "s2": COUNTS | {"wer_percent": 15.0}},
+    "delays_stream_time": DELAYS,
+    "greedy_ctc": COUNTS | {"wer_percent": 35.5},
+}
+NOISE = {"minutes": 12.0, "false_words": 18, "false_words_per_minute": 1.5}
+
+
+def of_set(name: str, **parts) -> dict:
+    fixed = {"name": name, "recordings": 9, "recordings_in_manifest": 9, "failed": 0}
+    return fixed | {"revisions": 0} | parts
+
+
+ACCURACY = {
+    "bench": "accuracy",
+    "settings": SETTINGS,
+    "machine": CARD,
+    "timing": TIMING,
+    "sets": [of_set("test/read", speech=SPEECH), of_set("noise/eval", noise=NOISE)],
+}
+LATENCY = {
+    "bench": "latency",
+    "settings": SETTINGS,
+    "machine": CARD,
+    "timing": TIMING,
+    "sets": [{"name": "demo", "recordings": 1}],
+    "algorithmic": DELAYS,
+    "with_compute": DELAYS,
+    "chunk_compute_ms": percentiles_ms([0.0444]),
+    "stage_ms_per_audio_second": {"encoder": 33.3, "llm": 55.5},
+    "audio_seconds": 60.0,
+    "rtf": 0.0987,
+    "latest_packet_ms": 2.0,
+}
+
+
+def rows(page: str, start: str) -> list[list[str]]:
+    """Cells of the table rows that begin with a cell."""
+    lines = [line for line in page.splitlines() if line.startswith(f"| {start}")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_figures_of_accuracy_are_on_the_page():
+    page = report.render([("read.json", ACCURACY)])
+    ((_, settings, files, words, wer, ctc, errors, last, emission, end, run),) = rows(
+        page, "test/read"
+    )
+    assert settings == "sparqle-base-en, chunk 320 ms, delay 240 ms, VAD silero, float32"
+    assert (files, words, wer) == ("9", "100", "**23.0** (18.5 .. 29.2)")
+    assert (ctc, errors, last) == ("35.5", "11 / 7 / 5", "77.7 %")
+    assert (emission, end, run) == ("356, 400 ms", "633, 633 ms", "`read.json`")
+    ((*_, minutes, n_false, a_minute, _),) = rows(page, "noise/eval")
+    assert (minutes, n_false, a_minute) == ("12.0", "18", "**1.50**")
+    ((_, revisions, streams, audio, rtf, memory, weights, commit, machine),) = rows(
+        page, "`read.json`"
+    )
+    assert (revisions, streams, audio) == ("0", "4", "10.0 min")
+    assert (rtf, memory) == ("0.123", "801 MB")
+    assert (weights, commit, machine) == ("`feedbeef0011`", "`0123456789ab`", "A")
+
+
+def test_speakers_are_listed_from_the_best_to_the_worst():
+    page = report.render([("read.json", ACCURACY)])
+    assert "2 speakers of test/read" in page
+    assert [row[0] for row in rows(page, "s")][-2:] == ["s2", "s1"]
+
+
+def test_figures_of_latency_are_on_the_page():
+    page = report.render([("live.json", LATENCY)])
+    assert rows(page, "emission, heard")[0][1:] == ["2", "356", "400", "406", "410", "411"]
+    assert rows(page, "end of speech to final, clock")[0][2] == "633"
+    assert rows(page, "chunk")[0] == ["chunk", "1", "44", "44", "44", "44", "44"]
+    assert "encoder 33.3 ms, llm 55.5 ms" in page
+    assert "RTF **0.099**" in page
+    assert "`feedbeef0011`" in page
+    assert "`0123456789ab`" in page
+
+
+def test_a_part_of_a_folder_and_failures_are_said():
+    result = copy.deepcopy(ACCURACY)
+    result["sets"][0] |= {"recordings": 3, "failed": 1}
+    ((_, _, files, *_),) = rows(report.render([("r.json", result)]), "test/read")
+    assert files == "3 of 9, 1 failed"
+
+
+@pytest.mark.parametrize("result", [ACCURACY, LATENCY], ids=["accuracy", "latency"])
+def test_a_busy_machine_is_said_beside_the_figure(result):
+    busy = result | {"timing": TIMING | {"machine_was_busy": True, "others_share_before": 0.93}}
+    assert "machine was busy" not in report.render([("r.json", result)])
+    assert "machine was busy" in report.render([("r.json", busy)])
+
+
+def test_every_table_has_as_many_cells_as_columns():
+    page = report.render([("read.json", ACCURACY), ("live.json", LATENCY)])
+    width = None
+    for line in page.splitlines():
+        if not line.startswith("|"):
+            width = None
+            continue
+        n = len(re.findall(r" \| ", line))
+        assert width in (None, n), line
+        width = n
+
+
+def test_machines_get_letters_once_each():
+    other = copy.deepcopy(ACCURACY)
+    other["machine"]["cpu"] = "Another CPU"
+    page = report.render([("a.json", ACCURACY), ("b.json", other), ("c.json", ACCURACY)])
+    assert [row[-1] for name in "abc" for row in rows(page, f"`{name}.json`")] == ["A", "B", "A"]
+    assert "- **A**: Example CPU (avx512f), 2 of 4 cores, 2 threads" in page
+    assert "- **B**: Another CPU" in page
+    assert page.count("Example CPU") == 1
+
+
+def test_what_is_missing_shows_as_a_dash():
+    result = copy.deepcopy(ACCURACY)
+    speech = result["sets"][0]["speech"]
+    del speech["greedy_ctc"]
+    speech |= {"wer_interval_95": None, "wer_interval_95_speakers": None}
+    speech["delays_stream_time"] = dict.fromkeys(DELAYS, percentiles_ms([]))
+    result["sets"][1]["noise"]["false_words_per_minute"] = None
+    result["timing"]["rtf"] = None
+    page = report.render([("r.json", result)])
+    (row,) = rows(page, "test/read")
+    assert row[4:6] == ["**23.0**", "-"]
+    assert row[8] == "-, - ms"
+
+
+def test_an_unknown_bench_is_an_error_and_not_a_gap():
+    with pytest.raises(ConfigError, match=r"x\.json.*'soak'"):
+        report.render([("x.json", {"bench": "soak"})])
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "b.json").write_text(json.dumps(LATENCY))
+    (folder / "a.json").write_text(json.dumps(ACCURACY))
+    return folder
+
+
+def run(results, page, *more: str) -> int:
+    return report.main(["--results", str(results), "--output", str(page), *more])
+
+
+def test_the_command_writes_the_page_and_checks_it(results, tmp_path, capsys):
+    page = tmp_path / "docs" / "performance.md"
+    assert run(results, page, "--check") == report.EXIT_DIFFERS
+    assert not page.exists()
+    assert run(results, page) == 0
+    assert page.read_text() == report.render([("a.json", ACCURACY), ("b.json", LATENCY)])
+    assert run(results, page, "--check") == 0
+    page.write_text(page.read_text().replace("23.0", "13.0"))
+    assert run(results, page, "--check") == report.EXIT_DIFFERS
+    assert "performance.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "what"), [("{", "a.json is not JSON"), (None, "no results")])
+def test_results_that_cannot_be_read_are_named(tmp_path, capsys, text, what):
+    if text is not None:
+        (tmp_path / "a.json").write_text(text)
+    assert run(tmp_path, tmp_path / "page.md") == report.EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert what in said
+    assert "hint: " in said
+
+
+def test_the_committed_page_is_what_the_committed_results_say():
+    if not list(report.RESULTS.glob("*.json")):
+        pytest.skip("no results are committed yet")
+    assert report.main(["--check"]) == 0

@@ -9,6 +9,7 @@ Nothing heavy is imported before a command needs it: `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -45,6 +46,9 @@ EXIT_BROKEN_PIPE = 141
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     """Run one command; the process's exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without é still gets the word
     try:
         return _dispatch(list(argv), os.environ if environ is None else environ)
     except SparqleError as err:

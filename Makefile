@@ -80,7 +80,7 @@ clean: ## remove the environment, caches and builds
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "make: $(PYTHON) is too old or missing; install Python 3.11, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	  { echo "make: $(PYTHON) is too old or missing; install Python 3.11, or name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 

@@ -6,8 +6,6 @@ Heavy imports happen inside the fixtures: collecting the tests loads neither tor
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,20 +26,6 @@ AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".webm"}
 
 # Nothing in the tests may look for weights on the network; what is pulled is pulled before.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Exceptions to 'warnings are errors', one by one, each with its reason."""
-    for line in (
-        # Not ours: native modules made with SWIG (PyAV's and others') announce their own types
-        # once at import, on some versions of Python only.
-        "ignore:builtin type (SwigPyPacked|SwigPyObject|swigvarlink):DeprecationWarning",
-        # CPU-only torch says that it found no CUDA driver when something asks for the device.
-        "ignore:CUDA initialization:UserWarning",
-        # torch asks for writable arrays; memory-mapped weights are read only and are only read.
-        "ignore:The given (NumPy array|buffer) is not writable:UserWarning",
-    ):
-        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -114,11 +98,14 @@ def clip_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def clip(clip_path: Path) -> NDArray[np.float32]:
-    """The bundled recording, (S,) float32 at 16 kHz; read only."""
-    pcm = decode(clip_path)
-    pcm.setflags(write=False)
-    return pcm
+def decoded_clip(clip_path: Path) -> NDArray[np.float32]:
+    return decode(clip_path)
+
+
+@pytest.fixture
+def clip(decoded_clip: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The bundled recording, (S,) float32 at 16 kHz; a copy for each test."""
+    return decoded_clip.copy()
 
 
 @pytest.fixture(scope="session")
@@ -132,19 +119,16 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def llm_pulled() -> str:
-    """The name of the default model, once its LLM is here (`sparqle-stream models pull`).
+    """The name of the default model, where its LLM is here (`sparqle-stream models pull`).
 
-    Asked of the command line in a process of its own: what the user would be told is the reason.
+    An LLM that is missing skips, with what the user would be told; a damaged one fails.
     """
-    run = subprocess.run(
-        [sys.executable, "-m", "sparqle_stream.cli", "models", "verify"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    if run.returncode:
-        said = (run.stderr or run.stdout).strip().splitlines()
-        pytest.skip(f"the LLM is not here: {said[0] if said else f'exit {run.returncode}'}")
-    return "sparqle-base-en"
+    from sparqle_stream import artifacts
+    from sparqle_stream.errors import ModelError
+
+    try:
+        artifacts.path(artifacts.DEFAULT_LLM)
+    except ModelError as err:
+        pytest.skip(f"the LLM is not here: {err}")
+    artifacts.verify(artifacts.DEFAULT_LLM)
+    return artifacts.DEFAULT_MODEL

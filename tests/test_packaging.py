@@ -111,9 +111,11 @@ def test_the_wheel_holds_both_packages_whole(wheel):
 
 @pytest.mark.slow
 def test_the_wheel_carries_the_trained_weights_and_the_clip(wheel):
+    from sparqle_stream import artifacts
+
     names = zipfile.ZipFile(wheel).namelist()
     assets = "sparqle_stream/assets/"
-    for part in ("config.json", "encoder.safetensors", "bridge.safetensors", "README.md"):
+    for part in (*artifacts.MODEL_FILES, "README.md"):
         assert f"{assets}sparqle-base-en/{part}" in names
     assert [name for name in names if name.startswith(f"{assets}demo.")]
     assert wheel.stat().st_size <= MAX_WHEEL_BYTES

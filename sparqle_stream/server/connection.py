@@ -218,13 +218,14 @@ class Connection:
         self._audio = audio.init_state(fmt)
 
     async def take(self, data: bytes, *, waits: bool) -> None:
-        """Audio bytes to the engine, a second at a time so that other clients get their turn.
+        """Audio bytes to the engine, a second at most so that other clients get their turn.
 
         With `waits` a full backlog stops the reading of this socket, else it is a BacklogError.
         """
-        n_second = self._fmt.rate_hz * self._fmt.row_bytes
-        for start in range(0, len(data), n_second):
-            self._audio, pcm = audio.step(self._fmt, self._audio, data[start : start + n_second])
+        block_s = min(1.0, self.hub.engine.cfg.backlog_s / 2)  # always less than there can be room
+        n_block = max(1, int(self._fmt.rate_hz * block_s)) * self._fmt.row_bytes
+        for start in range(0, len(data), n_block):
+            self._audio, pcm = audio.step(self._fmt, self._audio, data[start : start + n_block])
             await self._feed(pcm, waits=waits)
 
     async def take_rest(self, *, waits: bool) -> int:

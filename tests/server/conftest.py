@@ -31,7 +31,7 @@ def url(engine) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def speech(clip):
     """4 s of real speech with s16 values, (S,) float32 at 16 kHz."""
     return np.round(clip[: 4 * SAMPLE_RATE_HZ] * 32_767).astype(np.float32) / 32_768

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import socket
 import struct
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import numpy as np
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from sparqle_stream import messages
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from sparqle_stream.engine import Engine
 
 SAMPLE_RATE_HZ = 16_000
-WAIT_S = 20.0  # for anything; far more than it takes
+WAIT_S = 60.0  # for anything; far more than it takes
 
 
 @contextmanager
@@ -45,8 +48,27 @@ def open_stream(url: str, **query: Any) -> ClientConnection:
 
 
 def rest(websocket: ClientConnection) -> list[messages.Event]:
-    """All events until the server closes."""
-    return [messages.from_json(frame) for frame in websocket]
+    """All events until the server closes, whatever the close code."""
+    return [messages.from_json(frame) for frame in frames(websocket)]
+
+
+def frames(websocket: ClientConnection) -> Iterator[str]:
+    """All frames until the server closes."""
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            yield websocket.recv(timeout=WAIT_S)
+
+
+def get(url: str, path: str) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of a plain HTTP request to a server's ws:// address."""
+    host, port = url.removeprefix("ws://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+        is_json = response.headers["Content-Type"] == "application/json"
+        return response.status, json.loads(body) if is_json else {}
 
 
 def run(url: str, data: bytes, packet: int = 6_400, **query: Any) -> list[messages.Event]:

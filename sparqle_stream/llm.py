@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparqle_kernels.decode_attention import decode_attention
+from sparqle_kernels.decode_attention import decode_attention, make_plan
 from sparqle_stream.errors import ModelError
 
 if TYPE_CHECKING:
@@ -82,28 +82,31 @@ class Attention(nn.Module):
     For decoding `quantize` may put q, k and v into one matrix: `qkv_proj` instead of the three.
     """
 
-    qkv_proj: nn.Module | None = None
+    qkv_proj: nn.Module | None
 
     def __init__(self, cfg: LlmConfig) -> None:
         super().__init__()
         self.head_width = cfg.head_width
-        self.kv_width = cfg.n_kv_heads * cfg.head_width
-        q_width = cfg.n_heads * cfg.head_width
+        self.n_kv_heads = cfg.n_kv_heads
+        q_width, kv_width = cfg.n_heads * cfg.head_width, cfg.n_kv_heads * cfg.head_width
         self.q_proj = nn.Linear(cfg.width, q_width, bias=False)
-        self.k_proj = nn.Linear(cfg.width, self.kv_width, bias=False)
-        self.v_proj = nn.Linear(cfg.width, self.kv_width, bias=False)
+        self.k_proj = nn.Linear(cfg.width, kv_width, bias=False)
+        self.v_proj = nn.Linear(cfg.width, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, cfg.width, bias=False)
+        self.register_module("qkv_proj", None)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, E) -> rotated q (B, H, T, d), rotated k and plain v (B, KV, T, d)."""
         if self.qkv_proj is None:
-            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        else:
-            both = self.qkv_proj(x)
-            q_width = both.shape[-1] - 2 * self.kv_width
-            parts = both.split([q_width, self.kv_width, self.kv_width], dim=-1)
-        q, k, v = (y.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for y in parts)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+            q, k, v = map(self._heads, (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+            return rotate(q, cos, sin), rotate(k, cos, sin), v
+        heads = self._heads(self.qkv_proj(x))
+        q_and_k = rotate(heads[:, : -self.n_kv_heads], cos, sin)
+        q, k = q_and_k[:, : -self.n_kv_heads], q_and_k[:, -self.n_kv_heads :]
+        return q, k, heads[:, -self.n_kv_heads :]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Causal attention over a whole sequence, x (B, T, E) -> (B, T, E)."""
@@ -119,13 +122,14 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """SwiGLU feed-forward; `quantize` may put gate and up into one matrix, `gate_up_proj`."""
 
-    gate_up_proj: nn.Module | None = None
+    gate_up_proj: nn.Module | None
 
     def __init__(self, cfg: LlmConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(cfg.width, cfg.ffn, bias=False)
         self.up_proj = nn.Linear(cfg.width, cfg.ffn, bias=False)
         self.down_proj = nn.Linear(cfg.ffn, cfg.width, bias=False)
+        self.register_module("gate_up_proj", None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_up_proj is None:
@@ -158,14 +162,18 @@ class Llm(nn.Module):
     tied unless there is a `head`.
     """
 
-    head: nn.Module | None = None
+    head: nn.Module | None
 
     def __init__(self, cfg: LlmConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.tokens = nn.Embedding(cfg.vocab, cfg.width)
+        weight = nn.Parameter(torch.empty(cfg.vocab, cfg.width))
+        if not weight.is_meta:  # where torch would import a compiler for it: 1.5 s at every start
+            nn.init.normal_(weight)
+        self.tokens = nn.Embedding(cfg.vocab, cfg.width, _weight=weight)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
         self.norm = RmsNorm(cfg.width, cfg.rms_eps)
+        self.register_module("head", None)
         self.stop = nn.Linear(cfg.width, 1)
         self.stop_threshold = 0.5  # probability above which a chunk's text ends
 
@@ -237,6 +245,7 @@ def reset_rows(state: LlmState, mask: Tensor) -> None:
     state.hidden[mask] = 0.0
 
 
+@torch.inference_mode()
 def append(llm: Llm, state: LlmState, embeds: Tensor, active: Tensor) -> LlmState:
     """Writes embeds (B, R, E) of the active rows into their slots and keeps the last hidden."""
     slots = active.nonzero()[:, 0]
@@ -245,6 +254,7 @@ def append(llm: Llm, state: LlmState, embeds: Tensor, active: Tensor) -> LlmStat
     return state
 
 
+@torch.inference_mode()
 def prefill(llm: Llm, state: LlmState, ids: Sequence[list[int] | None]) -> LlmState:
     """Writes each row's token ids; rows with None or no ids stay as they are."""
     device = state.length.device
@@ -255,6 +265,7 @@ def prefill(llm: Llm, state: LlmState, ids: Sequence[list[int] | None]) -> LlmSt
     return state
 
 
+@torch.inference_mode()
 def step(
     llm: Llm, state: LlmState, queries: Tensor, active: Tensor, max_new: Tensor
 ) -> tuple[LlmState, list[list[int]]]:
@@ -294,11 +305,12 @@ def _append_slots(llm: Llm, state: LlmState, embeds: Tensor, slots: Tensor) -> N
     x = embeds.to(state.k.dtype)
     cos, sin = cos[position][:, None].to(x.dtype), sin[position][:, None].to(x.dtype)
     length = start + n_rows
+    plan = make_plan(slots, length, n_rows, cfg.n_heads // cfg.n_kv_heads)
     for i, layer in enumerate(llm.blocks()):
         q, k, v = layer.attn.project(layer.attn_norm(x), cos, sin)
         state.k[i][slots[:, None], :, position] = k.transpose(1, 2)  # (b, R, KV, d)
         state.v[i][slots[:, None], :, position] = v.transpose(1, 2)
-        mixed = decode_attention(q, state.k[i], state.v[i], slots, length)  # (b, H, R, d)
+        mixed = decode_attention(q, state.k[i], state.v[i], plan)  # (b, H, R, d)
         x = layer.feed_forward(x + layer.attn.merge(mixed))
     state.length[slots] = length
     state.hidden[slots] = llm.norm(x[:, -1])

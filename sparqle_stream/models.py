@@ -119,7 +119,7 @@ def config_from_json(cls: type[Any], raw: dict[str, Any], source: Path) -> Any: 
 
 
 def _read(folder: Path, source: str | Path) -> SparqleModel:
-    """All parts of a model folder, in float32 on the CPU."""
+    """All parts of a model folder, as they are stored."""
     raw = weights.read_json(folder / "config.json")
     beside = {key: raw.pop(key, default) for key, default in BESIDE_CONFIG.items()}
     cfg: ModelConfig = config_from_json(ModelConfig, raw, folder / "config.json")
@@ -153,7 +153,7 @@ def _read(folder: Path, source: str | Path) -> SparqleModel:
 
 
 def _build(files: LlmFiles, n_slot: int | None = None) -> Llm:
-    """The LLM of some files, frozen, its tensors taken over without a copy."""
+    """The LLM of some files, frozen. Tensors are taken over in the dtype that they have."""
     cfg = files.cfg if n_slot is None else replace(files.cfg, n_slot=n_slot)
     with torch.device("meta"):
         llm = Llm(cfg)
@@ -161,4 +161,4 @@ def _build(files: LlmFiles, n_slot: int | None = None) -> Llm:
             llm.head = torch.nn.Linear(cfg.width, cfg.vocab, bias=False)
     stop = {"stop.weight": torch.zeros(1, cfg.width), "stop.bias": torch.zeros(1)}
     weights.load_into(llm, files.state | stop, assign=True)
-    return llm.float().requires_grad_(False)
+    return llm.requires_grad_(False)

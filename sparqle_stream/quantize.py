@@ -37,13 +37,14 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        weight = weight.float()
-        scale = (weight.abs().amax(dim=1, keepdim=True) / 127.0).clamp(min=1e-12).bfloat16()
-        # divided by the scale as it is stored, so that its rounding is not added to the error
-        few = (weight / scale).round_().clamp_(-127.0, 127.0)
-        many = (few * scale).bfloat16() if has_fast_bf16() else None
+        low, high = torch.aminmax(weight, dim=1, keepdim=True)
+        largest = torch.maximum(-low, high).float().clamp(min=1e-12)
+        # Stored in bf16; divided by what is stored, so that its rounding adds nothing to the error.
+        scale = (largest / 127.0).bfloat16().float()
+        few = (weight * (1.0 / scale)).round_().clamp_(-127.0, 127.0)
         self.register_buffer("few", few.to(torch.int8))
-        self.register_buffer("scale", scale[:, 0])
+        self.register_buffer("scale", scale[:, 0].bfloat16())
+        many = few.mul_(scale).bfloat16() if has_fast_bf16() else None
         self.register_buffer("many", many)
 
     def forward(self, x: Tensor) -> Tensor:

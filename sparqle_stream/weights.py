@@ -1,7 +1,7 @@
 """Reading checkpoints: GGUF files, checkpoint folders, Whisper encoders -> our names and shapes.
 
 Contract: a missing, unexpected or misshapen tensor is a ModelError that names it; nothing is
-guessed. Tensors come out in float32 but for `read_safetensors`, which keeps what is stored.
+guessed. Tensors come out in the precision that they are stored in, quantised ones in float32.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _read_own(folder: Path) -> LlmFiles:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return LlmFiles(
         LlmConfig(**config["llm"]),
-        {name: tensor.float() for name, tensor in state.items()},
+        state,
         TextTokenizer(tokenizer, config["bos_id"]),
     )
 
@@ -229,7 +229,7 @@ def _read_with_transformers(source: str) -> LlmFiles:
                 f"{source} is a {config.model_type} model with {rope['rope_type']} positions",
                 hint="use a Llama-family model with plain rotary positions",
             )
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, AttributeError) as err:
         first_line = str(err).strip().partition("\n")[0]
@@ -286,7 +286,7 @@ def whisper_config(state: dict[str, Tensor]) -> EncoderConfig:
 
 
 def merge_lora(state: dict[str, Tensor], lora: dict[str, Tensor], scale: float) -> None:
-    """W += scale * B A in place for every adapter '<matrix>.a' (r, in), '<matrix>.b' (out, r)."""
+    """W += scale * B A in float32, for adapters '<matrix>.a' (r, in) with '<matrix>.b' (out, r)."""
     for name in sorted({key.rpartition(".")[0] for key in lora}):
         weight, a, b = state.get(f"{name}.weight"), lora.get(f"{name}.a"), lora.get(f"{name}.b")
         if weight is None or a is None or b is None or weight.shape != (len(b), a.shape[1]):
@@ -294,7 +294,7 @@ def merge_lora(state: dict[str, Tensor], lora: dict[str, Tensor], scale: float) 
                 f"the adapter of {name} does not fit the LLM",
                 hint="use the LLM that the bridge was trained with",
             )
-        weight.addmm_(b.float(), a.float(), alpha=scale)
+        state[f"{name}.weight"] = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,13 @@
-"""Decoder attention of a few new rows over slots of unequal lengths, with grouped keys."""
+"""Decoder attention of a few new rows over slots of unequal lengths, with grouped keys.
+
+    plan = make_plan(slots, lengths, n_rows, n_groups)   # once a pass
+    mixed = decode_attention(q, k, v, plan)            # once a layer
+
+q (B, H, R, d): R new rows of each of B slots; k, v (S, KV, N, d): all slots; H = G KV heads, G of
+them share keys; slots (B,) int64, ascending; lengths (B,) int64: entries of each slot, the new ones
+included, so that row r sits at lengths - R + r and sees everything up to itself.
+Returns (B, H, R, d).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +18,17 @@ from sparqle_kernels.decode_attention import cpu, reference
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["decode_attention"]
+    Plan = cpu.Plan | reference.Plan
+
+__all__ = ["decode_attention", "make_plan"]
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-    """q (B, H, R, d) over k, v (S, KV, N, d) -> (B, H, R, d); see `reference.decode_attention`."""
-    if q.device.type == "cpu":
-        return cpu.decode_attention(q, k, v, slots, lengths)
-    return reference.decode_attention(q, k, v, slots, lengths)
+def make_plan(slots: Tensor, lengths: Tensor, n_rows: int, n_groups: int) -> Plan:
+    """Chooses the implementation by the device of `slots`."""
+    if slots.device.type == "cpu":
+        return cpu.Plan.of(slots, lengths, n_rows, n_groups)
+    return reference.Plan.of(slots, lengths, n_rows, n_groups)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    return plan.attend(q, k, v)

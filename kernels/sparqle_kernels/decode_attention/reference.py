@@ -5,22 +5,29 @@ Runs on any device and never waits for it: unequal lengths are a mask over whole
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-    """The newest rows of some slots attend to everything their slot holds up to themselves.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all layers of one pass share."""
 
-    q (B, H, R, d): R new rows each; k, v (S, KV, N, d): all slots, heads in groups of H / KV;
-    slots (B,) int64: the slot of each row of the batch; lengths (B,) int64: entries of the slot,
-    the new ones included, so that row r sits at lengths - R + r. Returns (B, H, R, d).
-    """
-    n_rows, n_slot = q.shape[2], k.shape[2]
-    row = torch.arange(n_rows, device=q.device)
-    last_seen = lengths[:, None] - n_rows + row  # (B, R)
-    seen = torch.arange(n_slot, device=q.device) <= last_seen[..., None]  # (B, R, N)
-    return scaled_dot_product_attention(
-        q, k[slots], v[slots], attn_mask=seen[:, None], enable_gqa=True
-    )
+    slots: Tensor  # (B,)
+    last_seen: Tensor  # (B, R) the entry of the slot that each row is
+
+    @classmethod
+    def of(cls, slots: Tensor, lengths: Tensor, n_rows: int, n_groups: int) -> Plan:
+        del n_groups  # of heads that share keys: only packing asks for it
+        row = torch.arange(n_rows, device=lengths.device)
+        return cls(slots, lengths[:, None] - n_rows + row)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, R, d), k and v (S, KV, N, d) -> (B, H, R, d)."""
+        seen = torch.arange(k.shape[2], device=k.device) <= self.last_seen[..., None]  # (B, R, N)
+        return scaled_dot_product_attention(
+            q, k[self.slots], v[self.slots], attn_mask=seen[:, None], enable_gqa=True
+        )

@@ -57,7 +57,7 @@ def viterbi(log_probs: NDArray[np.float32], pieces: list[int]) -> tuple[NDArray[
     for t in range(n_frames - 1, -1, -1):
         if state % 2 and last[state // 2] < 0:
             last[state // 2] = t
-        state -= back[t, state]
+        state -= int(back[t, state])
     return last, total
 
 

@@ -228,7 +228,8 @@ class Trainer:
         state = features.init_state(FeatureConfig(), len(streams))
         pcm = stack(streams, "noisy")
         mel = features.step(FeatureConfig(), state, pcm, everyone)[1]
-        mel = spec_augment(mel, self.rng, SILENT_MEL)
+        if self.rng.random() < 0.3:
+            mel = spec_augment(mel, self.rng, SILENT_MEL)
         offset = torch.tensor([self.rng.randrange(1500) for _ in streams])
         frames = self.bridge.encoder.forward_train(mel, chunk, 256, offset)
         return frames, self.bridge.ctc(frames)

@@ -14,7 +14,7 @@ import json
 import random
 import time
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -84,7 +84,10 @@ def make_sampler(
     parts = []
     for source in sources:
         pack = Pack(Path(source.pack))
-        clips = [c for c in pack.clips if usable(c) or not source.transcribed]
+        if source.transcribed:
+            clips = [c for c in pack.clips if usable(c)]
+        else:
+            clips = [replace(c, text="") for c in pack.clips]
         parts.append((pack, clips, source.weight))
     augmenter = Augmenter(augment, Pack(Path(noise)) if noise else None, rng)
     return StreamSampler(parts, augmenter, stream_s)
@@ -92,6 +95,8 @@ def make_sampler(
 
 def ctc_loss(log_probs: Tensor, texts: list[str], pieces: CtcPieces) -> Tensor:
     """Mean CTC loss per piece. log_probs (B, T, V); a row without text is all blank."""
+    if not texts:
+        return log_probs.sum()  # zero, of no row
     targets = [pieces.encode(text) for text in texts]
     lengths = torch.tensor([len(t) for t in targets])
     flat = torch.tensor([i for t in targets for i in t], dtype=torch.long)
@@ -171,7 +176,8 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             log_probs = self.head(frames)
         texts = [" ".join(spoken(u.text) for u in s.utterances) for s in streams]
-        ctc = ctc_loss(log_probs, texts, self.pieces)
+        known = [i for i, s in enumerate(streams) if s.is_transcribed]
+        ctc = ctc_loss(log_probs[known], [texts[i] for i in known], self.pieces)
         loss, distil = ctc, torch.zeros(())
         if not frozen and cfg.distil > 0 and self.step % cfg.distil_every == 0:
             with torch.no_grad():

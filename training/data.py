@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparqle_stream.config import FRAME_SAMPLES, SAMPLE_RATE_HZ
+from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
     import random
@@ -29,7 +30,7 @@ LONGEST_CHUNK_SAMPLES = 64 * FRAME_SAMPLES
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """A clip inside a stream: where its audio lies (samples) and what it says."""
+    """A clip inside a stream: where its audio lies (samples) and what it says ("": unknown)."""
 
     start: int
     end: int
@@ -44,6 +45,11 @@ class Stream:
     clean: Floats
     noisy: Floats
     utterances: list[Utterance]
+
+    @property
+    def is_transcribed(self) -> bool:
+        """Whether all that is said in it is known; nothing is said in noise."""
+        return all(u.text for u in self.utterances)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,12 @@ class StreamSampler:
     def __init__(
         self, sources: list[tuple[Pack, list[Clip], float]], augment: Augmenter, seconds: float
     ) -> None:
+        for pack, clips, _ in sources:
+            if not any(clip.seconds <= seconds for clip in clips):
+                raise ConfigError(
+                    f"no clip of {pack.folder} fits into a stream of {seconds} s",
+                    hint="raise stream_s or leave the pack out",
+                )
         self.augment, self.rng, self.seconds = augment, augment.rng, seconds
         self.sources = [(pack, clips) for pack, clips, _ in sources]
         self.weights = [weight for _, _, weight in sources]

@@ -235,7 +235,9 @@ class Trainer:
         return frames, self.bridge.ctc(frames)
 
     def place_words(self, stream: Stream, log_probs: Tensor) -> list[tuple[list[int], int]] | None:
-        """Token ids and end (ms) of every word; None where the alignment is not to be trusted."""
+        """Token ids and end (ms) of every word; None where nobody knows them for sure."""
+        if not stream.is_transcribed:
+            return None
         text = " ".join(written(u.text) for u in stream.utterances)
         if not text:
             return []

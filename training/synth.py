@@ -1,7 +1,7 @@
 """Synthetic speech as vocabulary: public-domain text spoken by installed synthesizers.
 
 Voices are crude; they teach the spelling of words that few hours of natural speech never hold.
-flite, espeak-ng and festival (Debian packages) are called as programs; anything else by template.
+flite, espeak-ng and festival (Debian packages) are called as programs, those that are installed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ ESPEAK_VOICES = tuple(
 FESTIVAL_VOICES = ("cmu_us_slt_arctic_hts", "kal_diphone", "ked_diphone")
 
 
+INLINE_TAGS = frozenset(
+    ["a", "abbr", "b", "big", "cite", "em", "i", "small", "span", "strong", "u"]
+)
+BREAK = "\f"  # where a heading, a paragraph or a cell ends, a sentence does
+
+
 class _Text(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -35,15 +41,22 @@ class _Text(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.parts.append(data)
 
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in INLINE_TAGS:
+            self.parts.append(" " if tag == "br" else BREAK)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.handle_starttag(tag, [])
+
 
 def sentences_of(html_or_text: str, low: int = 4, high: int = 28) -> list[str]:
     """Sentences of `low`..`high` words that hold letters, commas and full stops only."""
     parser = _Text()
     parser.feed(html_or_text)
-    text = re.sub(r"\s+", " ", " ".join(parser.parts))
-    text = text.replace("’", "'").replace("—", ", ").replace("--", ", ")
+    text = re.sub(r"[^\S\f]+", " ", "".join(parser.parts))
+    text = re.sub(r" ?(?:—|--) ?", ", ", text.replace("’", "'"))
     out = []
-    for raw in re.split(r"(?<=[.!?;:])\s+", text):
+    for raw in re.split(r"(?<=[.!?;:])\s+|\f", text):
         sentence = raw.strip(" \"“”‘'")
         plain = bool(re.fullmatch(r"[A-Za-z][A-Za-z ,.'!?;:-]+", sentence))
         if plain and low <= len(sentence.split()) <= high and not sentence.isupper():

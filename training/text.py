@@ -60,4 +60,4 @@ def written(text: str) -> str:
     if not text.isupper():
         return text
     text = re.sub(r"\bi\b", "I", text.lower())
-    return text[:1].upper() + text[1:] + "."
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")

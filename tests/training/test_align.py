@@ -1,0 +1,119 @@
+"""align.py: the best alignment, found by trying all of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparqle_stream.ctc import BLANK, greedy_path
+from training.align import CTC_EARLY_FRAMES, align_words, viterbi
+from training.text import train_pieces
+
+
+def random_posteriors(n_frames, n_pieces, seed):
+    scores = 2.0 * np.random.default_rng(seed).standard_normal((n_frames, n_pieces))
+    log_sum = np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    return (scores - log_sum).astype(np.float32)
+
+
+def collapse(path):
+    return [piece for piece, _ in itertools.groupby(path) if piece != BLANK]
+
+
+def best_path(log_probs, pieces):
+    """Every path there is -> the best one that spells `pieces`, and its score a frame."""
+    n_frames, n_pieces = log_probs.shape
+    paths = [
+        p for p in itertools.product(range(n_pieces), repeat=n_frames) if collapse(p) == pieces
+    ]
+    if not paths:
+        return None, -np.inf
+    scores = [sum(log_probs[t, piece] for t, piece in enumerate(p)) / n_frames for p in paths]
+    return paths[int(np.argmax(scores))], max(scores)
+
+
+def ends_of(path):
+    """Last frame of every piece on a path."""
+    ends, at = [], 0
+    for piece, run in itertools.groupby(path):
+        at += len(list(run))
+        if piece != BLANK:
+            ends.append(at - 1)
+    return ends
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_frames=st.integers(1, 6),
+    pieces=st.lists(st.integers(1, 2), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_viterbi_equals_brute_force(n_frames, pieces, seed):
+    """Repeats that need a blank between them, and texts that do not fit, included."""
+    log_probs = random_posteriors(n_frames, 3, seed)
+    path, expected = best_path(log_probs, pieces)
+    ends, score = viterbi(log_probs, pieces)
+    assert score == pytest.approx(expected, abs=1e-5)
+    if path is not None:
+        assert ends.tolist() == ends_of(path)
+
+
+def test_a_text_that_does_not_fit_has_no_score():
+    log_probs = random_posteriors(3, 3, 0)
+    assert viterbi(log_probs, [1, 2, 1, 2])[1] == -np.inf
+    assert viterbi(log_probs, [1, 1, 1])[1] == -np.inf  # two blanks are missing
+    assert viterbi(log_probs, [])[1] == -np.inf
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    book = ["the twenty one dogs sat on the mat", "one by one they went off exulting"]
+    return train_pieces(book, 48, tmp_path_factory.mktemp("pieces") / "pieces.json")
+
+
+def say(pieces, words, n_pieces):
+    """[(word, frames of blank after it)] -> log-probs (T, V), last frame of every word."""
+    path, ends = [BLANK], []
+    for word, pause in words:
+        for piece in pieces.encode(word):
+            path += [piece] * 2 + [BLANK]  # the blank keeps repeated pieces apart
+        ends.append(len(path) - 2)
+        path += [BLANK] * pause
+    sure = np.full((len(path), n_pieces), -9.0, np.float32)
+    sure[range(len(path)), path] = -0.01
+    return sure, ends
+
+
+def test_words_end_where_they_were_said(pieces):
+    log_probs, ends = say(pieces, [("the", 3), ("dogs", 0), ("twenty", 0), ("one", 7)], pieces.size)
+    words, score = align_words(log_probs, "The dogs, twenty-one.", pieces)
+    assert score > -0.1
+    assert [w.text for w in words] == ["The", "dogs,", "twenty-one."]  # written as they were
+    assert [w.end_frame for w in words] == [ends[i] + CTC_EARLY_FRAMES for i in (0, 1, 3)]
+    heard = [piece for _, piece in greedy_path(torch.from_numpy(log_probs))]
+    assert pieces.decode(heard) == "the dogs twenty one"
+
+
+def test_signs_without_sound_end_with_the_word_before(pieces):
+    log_probs, ends = say(pieces, [("the", 2), ("mat", 4)], pieces.size)
+    words, _ = align_words(log_probs, "-- the — mat ...", pieces)
+    assert [w.text for w in words] == ["--", "the", "—", "mat", "..."]
+    the, mat = (end + CTC_EARLY_FRAMES for end in ends)
+    assert [w.end_frame for w in words] == [0, the, the, mat, mat]
+
+
+def test_no_word_ends_after_the_audio(pieces):
+    log_probs, _ = say(pieces, [("the", 0), ("mat", 0)], pieces.size)
+    words, _ = align_words(log_probs[:-1], "the mat", pieces)
+    assert words[-1].end_frame == len(log_probs) - 2
+
+
+def test_the_wrong_text_scores_worse(pieces):
+    log_probs, _ = say(pieces, [("the", 3), ("dogs", 3), ("sat", 3)], pieces.size)
+    right, wrong = (align_words(log_probs, t, pieces)[1] for t in ("the dogs sat", "off exulting"))
+    assert right > -0.1 > -1.2 > wrong  # training.joint.BAD_ALIGNMENT is -1.2

@@ -293,7 +293,7 @@ def _frames(
     while True:
         try:
             packet = next(packets, None)
-        except av.FFmpegError as err:
+        except (av.FFmpegError, OSError) as err:  # OSError: from the disk, through our file object
             problem, packet = f"the file breaks off ({err.strerror})", None
         try:
             yield from stream.decode(packet)

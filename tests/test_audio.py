@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
+import pathlib
 import tracemalloc
 import wave
 from fractions import Fraction
@@ -225,6 +228,14 @@ def encode(path: Path, pcm: np.ndarray, codec: str, rate_hz: int, layout: str) -
             file.mux(stream.encode(piece))
 
 
+def write_wav(path: Path, minutes: int) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        minute = (8_000 * tone(440, 16_000, 60)).astype("<i2").tobytes()
+        for _ in range(minutes):
+            file.writeframesraw(minute)
+
+
 def add_pictures(file: av.container.OutputContainer) -> None:
     stream = file.add_stream("mpeg4", rate=10)
     stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
@@ -253,7 +264,7 @@ def test_a_file_of_any_container_is_its_sound(name, tmp_path):
     assert audio.file_seconds(tmp_path / name) == pytest.approx(2, abs=0.1)
 
 
-@pytest.mark.parametrize("block", [1_000, 16_000, 100_000])
+@pytest.mark.parametrize("block", [100, 1_000, 16_000, 100_000])
 def test_streaming_a_file_equals_reading_it(block, tmp_path):
     encode(tmp_path / "a.mp3", tone(440, 44_100, 2), *CODECS["a.mp3"])
     pieces = list(audio.stream_file(tmp_path / "a.mp3", block))
@@ -295,6 +306,28 @@ def test_damage_inside_a_file_costs_only_what_was_damaged(tmp_path, caplog):
     assert level_of(pcm[:24_000], 440) == pytest.approx(0.5, abs=0.05)
     assert level_of(pcm[-20_000:], 440) == pytest.approx(0.5, abs=0.05)
     assert "a.mp3" in caplog.text
+
+
+class FailingFile(io.BufferedReader):
+    """A disk that dies in the middle of a file."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() > 8_000_000:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size)
+
+
+def test_a_disk_that_dies_gives_what_was_read(tmp_path, monkeypatch, caplog):
+    write_wav(tmp_path / "a.wav", 6)
+    whole = audio.read_file(tmp_path / "a.wav")
+    monkeypatch.setattr(
+        pathlib.Path, "open", lambda path, mode: FailingFile(io.FileIO(path, mode[0]))
+    )
+    with caplog.at_level(logging.WARNING):
+        pcm = audio.read_file(tmp_path / "a.wav")
+    assert 0.5 * len(whole) < len(pcm) < 0.8 * len(whole)
+    np.testing.assert_array_equal(pcm, whole[: len(pcm)])
+    assert "breaks off (Input/output error)" in caplog.text
 
 
 def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -359,11 +392,7 @@ def test_a_consumer_that_stops_early_closes_the_file(tmp_path):
 
 def test_streaming_a_long_file_keeps_little_in_memory(tmp_path):
     """4 minutes (15 MB as PCM) pass through less than 2 MB."""
-    with wave.open(str(tmp_path / "long.wav"), "wb") as file:
-        file.setparams((1, 2, 16_000, 0, "NONE", ""))
-        minute = (8_000 * tone(440, 16_000, 60)).astype("<i2").tobytes()
-        for _ in range(4):
-            file.writeframesraw(minute)
+    write_wav(tmp_path / "long.wav", 4)
     next(audio.stream_file(tmp_path / "long.wav"))  # imports are not what is measured
     tracemalloc.start()
     n_samples = sum(len(pcm) for pcm in audio.stream_file(tmp_path / "long.wav"))

@@ -200,7 +200,8 @@ class Captions:
         self._token_budget = min(self._token_budget + new, self.max_allowance(chunk_samples))
         if self.is_looping or self._letter_credit <= 0:
             return 0
-        return min(int(self._token_budget), math.ceil(self._letter_credit / LETTERS_PER_TOKEN))
+        most = min(self._token_budget, math.ceil(self._letter_credit / LETTERS_PER_TOKEN))
+        return max(0, int(most))
 
     def max_allowance(self, chunk_samples: int) -> int:
         """What `allowance` can come to at most."""

@@ -145,7 +145,7 @@ class CaptionConfig:
     # to come, and this many chunks. More than 0 repeats what the context says, unlike in training.
     seam_chunks_again: int = 0
     seam_search_s: float = 4.0  # this long before the limit a cut where CTC is blank is looked for
-    doubled_share: float = 0.6  # of a word's letters heard (again): it was said twice
+    doubled_share: float = 0.7  # of a word's letters heard (again): it was said twice
 
 
 @dataclass(frozen=True, slots=True)

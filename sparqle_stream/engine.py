@@ -34,6 +34,7 @@ from sparqle_stream.errors import (
     AudioFormatError,
     BacklogError,
     BusyError,
+    ConfigError,
     ProtocolError,
     SparqleError,
 )
@@ -83,7 +84,7 @@ class Stream:
         self.failure: SparqleError | None = None
         self._engine = engine
         self._inbox: deque[Floats | Mark] = deque()
-        self._n_inbox = 0  # samples
+        self.n_inbox = 0  # samples that the detector has not heard
         self._on_event = on_event
         self._queue: queue.SimpleQueue[messages.Event | None] = queue.SimpleQueue()
 
@@ -133,7 +134,7 @@ class Stream:
     def backlog_s(self) -> float:
         """Seconds of audio that were received and are not captioned yet."""
         n_session = self.session.n_waiting if self.session else 0
-        return (self._n_inbox + n_session) / SAMPLE_RATE_HZ
+        return (self.n_inbox + n_session) / SAMPLE_RATE_HZ
 
     @property
     def room_s(self) -> float:
@@ -150,7 +151,7 @@ class Stream:
     @property
     def is_idle(self) -> bool:
         """Everything that was received was captioned or is no speech."""
-        return not self._inbox and self.session is not None and not self.session.n_waiting
+        return not self.n_inbox and self.session is not None and not self.session.n_waiting
 
     @property
     def is_all_heard(self) -> bool:
@@ -161,7 +162,7 @@ class Stream:
             self._inbox.append(item)
             return
         self._inbox.extend(item[i : i + TURN_SAMPLES] for i in range(0, len(item), TURN_SAMPLES))
-        self._n_inbox += len(item)
+        self.n_inbox += len(item)
         self.n_received += len(item)
 
     def take_inbox(self) -> Inbox:
@@ -171,12 +172,11 @@ class Stream:
         while self._inbox and n < TURN_SAMPLES:
             items.append(self._inbox.popleft())
             n += 0 if isinstance(items[-1], Mark) else len(items[-1])
-        self._n_inbox -= n
         return items
 
     def drop_inbox(self) -> None:
         self._inbox.clear()
-        self._n_inbox = 0
+        self.n_inbox = 0
 
     def hand_out(self, event: messages.Event) -> None:
         if self._on_event is not None:
@@ -219,6 +219,13 @@ class Engine:
         `on_event` is called from the worker thread and must return quickly; without it events wait
         in `Stream.events`.
         """
+        options = options or StreamOptions()
+        if options.chunk_ms > 500 * self.cfg.backlog_s:  # a chunk could never become whole
+            raise ConfigError(
+                f"a backlog of {self.cfg.backlog_s:g} s is too short for chunks of "
+                f"{options.chunk_ms} ms",
+                hint="allow at least two chunks",
+            )
         with self._change:
             if self._is_closing or not self._free_rows:
                 self._metrics.streams_refused += 1
@@ -229,7 +236,7 @@ class Engine:
                     hint="try again later, or start the engine with more slots",
                 )
             row = self._free_rows.pop()
-            stream = Stream(self, row, options or StreamOptions(), on_event)
+            stream = Stream(self, row, options, on_event)
             self._streams[row] = stream
             self._metrics.streams_opened += 1
             self._metrics.n_streams = len(self._streams)
@@ -239,8 +246,9 @@ class Engine:
     def transcribe(self, pcm: Floats, options: StreamOptions | None = None) -> list[messages.Event]:
         """All events of a whole recording (S,), as fast as the machine goes."""
         stream = self.open(options)
-        for start in range(0, len(pcm), TURN_SAMPLES):
-            packet = pcm[start : start + TURN_SAMPLES]
+        n_packet = min(TURN_SAMPLES, int(self.cfg.backlog_s * SAMPLE_RATE_HZ) // 2)
+        for start in range(0, len(pcm), n_packet):
+            packet = pcm[start : start + n_packet]
             stream.wait_for_room(len(packet) / SAMPLE_RATE_HZ)
             stream.feed(packet)
         stream.finish()
@@ -388,10 +396,10 @@ class Engine:
             )
             self._emit(stream, ready)
         for item in items:
-            if isinstance(item, Mark):
-                session.flush()
-            else:
-                session.listen(item)
+            found = session.flush() if isinstance(item, Mark) else session.listen(item)
+            with self._change:  # what leaves the inbox joins the queue in one go: room is exact
+                session.enqueue(found)
+                stream.n_inbox -= 0 if isinstance(item, Mark) else len(item)
         for event in session.announce():
             self._emit(stream, event)
         self._account({"vad": time.perf_counter() - start}, {stream: session})

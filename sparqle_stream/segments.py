@@ -2,8 +2,8 @@
 
 In: where segments begin and end, PCM (S,) between. Out: chunks (S,), the first with the segment's
 first sample, the last padded with zeros so that look-ahead and delay are through. A chunk carries
-`known_at`: how much of the stream had to be heard before it was there, which pre-roll and the
-detector's hesitation make later than its own end. Latency: a chunk leaves with its last sample.
+`known_at`: how much of the stream had to be heard before it was there, which the detector's
+hesitation makes later than its own end for the first. Latency: a chunk leaves with its last sample.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Chunk:
 @dataclass(slots=True)
 class _Segment:
     origin: int
+    begun_at: int  # stream samples that had to arrive to know of it
     parts: deque[Floats] = field(default_factory=deque)  # heard, not in a chunk yet
-    known: deque[tuple[int, int]] = field(default_factory=deque)  # (samples, known_at), growing
     n_heard: int = 0
     n_taken: int = 0  # padding included
     n_total: int | None = None  # padding included; None while the segment is open
@@ -59,12 +59,10 @@ class _Segment:
         return out
 
     def known_at(self, n: int) -> int:
-        """When the first n samples of the segment were known."""
+        """Stream samples that had to arrive for the first n samples, padding included."""
         if n > self.n_heard:
             return self.ended_at
-        while self.known[0][0] < n:
-            self.known.popleft()
-        return self.known[0][1]
+        return max(self.begun_at, self.origin + n)
 
 
 class SegmentQueue:
@@ -76,16 +74,16 @@ class SegmentQueue:
         self.n_waiting = 0  # heard samples that are in no chunk yet; other threads may read it
         self._segments: deque[_Segment] = deque()
 
-    def begin(self, origin: int) -> None:
-        self._segments.append(_Segment(origin))
+    def begin(self, origin: int, known_at: int) -> None:
+        """A segment begins at stream sample `origin`; that was known after `known_at` samples."""
+        self._segments.append(_Segment(origin, known_at))
 
-    def append(self, pcm: Floats, known_at: int) -> None:
-        """pcm (S,) of the open segment; it was known once `known_at` samples had arrived."""
+    def append(self, pcm: Floats) -> None:
+        """pcm (S,) of the open segment."""
         segment = self._segments[-1]
         segment.parts.append(pcm)
         segment.n_heard += len(pcm)
         self.n_waiting += len(pcm)
-        segment.known.append((segment.n_heard, known_at))
 
     def end(self, known_at: int) -> None:
         segment = self._segments[-1]

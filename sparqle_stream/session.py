@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sparqle_stream import messages, pipeline
+from sparqle_stream import messages, pipeline, vad
 from sparqle_stream.captions import Captions, Spoken
 from sparqle_stream.config import (
     FRAME_LAG_SAMPLES,
@@ -29,7 +29,6 @@ from sparqle_stream.config import (
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.metrics import Histogram
 from sparqle_stream.segments import Chunk, SegmentQueue
-from sparqle_stream.vad import Segmenter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +84,8 @@ class Session:
         self._cfg = model.cfg.captions
         self._n_context_words = n_context_words
         delay_samples = options.delay_ms * SAMPLE_RATE_HZ // 1000
-        self._vad = Segmenter(options.vad)
+        self._detector = vad.load_detector(options.vad)
+        self._vad = vad.init_state(self._detector)
         self._queue = SegmentQueue(options.chunk_samples, FLUSH_SAMPLES + delay_samples)
         self._captions = Captions(self._cfg, model.tokenizer, model.pieces, delay_samples)
         self._chunk: Chunk | None = None  # being run
@@ -105,13 +105,24 @@ class Session:
 
     # --- audio -----------------------------------------------------------------------------------
 
-    def listen(self, pcm: Floats) -> None:
-        """pcm (S,) of any length."""
-        self._vad.step(pcm, self._queue)
+    def listen(self, pcm: Floats) -> list[vad.SegmentEvent]:
+        """pcm (S,) of any length -> what the detector makes of it, for `enqueue`."""
+        self._vad, found = vad.step(self._detector, self._vad, pcm)
+        return found
 
-    def flush(self) -> None:
-        """Ends the open segment, so that its last words come out."""
-        self._vad.flush(self._queue)
+    def flush(self) -> list[vad.SegmentEvent]:
+        """Ends the open segment, so that its last words come out; for `enqueue`."""
+        self._vad, found = vad.flush(self._detector, self._vad)
+        return found
+
+    def enqueue(self, found: list[vad.SegmentEvent]) -> None:
+        for event in found:
+            if isinstance(event, vad.SegmentStart):
+                self._queue.begin(event.sample, event.known_at)
+            elif isinstance(event, vad.SegmentAudio):
+                self._queue.append(event.pcm)
+            else:
+                self._queue.end(event.known_at)
 
     @property
     def has_chunk(self) -> bool:
@@ -132,7 +143,8 @@ class Session:
             return self._begin(Start.SEGMENT, n_again=0)
         if self._slot.wants_seam:
             # After a loop there is nothing to go on from: it was neither heard nor worth repeating.
-            n_again = 0 if self._captions.is_looping else self._n_again
+            n_past = (chunk.start - chunk.origin) * 1000 // (QUERY_MS * SAMPLE_RATE_HZ)
+            n_again = 0 if self._captions.is_looping else min(self._n_again, n_past)
             self.counts["seams"] += 1
             self._captions.seam()
             return self._begin(Start.SEAM, n_again)

@@ -1,0 +1,562 @@
+"""Engine: slots, one worker, admission, backlog, failures, seams; with an oracle for a model."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from sparqle_stream import engine as engine_module
+from sparqle_stream import messages
+from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
+from sparqle_stream.engine import Engine
+from sparqle_stream.errors import (
+    AudioFormatError,
+    BacklogError,
+    BusyError,
+    ConfigError,
+    ProtocolError,
+)
+from sparqle_stream.session import Session
+from sparqle_stream.testing import OracleBatch, oracle_model, say
+
+OFF = VadConfig(kind="off")
+OPTIONS = StreamOptions(vad=OFF)
+LONG_S = 30.0  # for a worker on a busy machine; a passing test waits for none of it
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """Makes engines that hear exactly what `say` spelled."""
+    monkeypatch.setattr(engine_module, "Batch", OracleBatch)
+    model, engines = oracle_model(), []
+
+    def make(n_slots: int = 2, **changes) -> Engine:
+        engines.append(Engine(model, EngineConfig(n_slots=n_slots, **changes)))
+        return engines[-1]
+
+    yield make
+    for one in engines:
+        one.close()
+
+
+@pytest.fixture
+def tiny_engine(tiny):
+    with Engine(tiny, EngineConfig(n_slots=2)) as engine:
+        yield engine
+
+
+def vocabulary(n: int) -> list[str]:
+    """n different words."""
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    return ["".join(pair) for pair in itertools.islice(itertools.product(syllables, repeat=2), n)]
+
+
+def text_of(events) -> str:
+    return "".join(e.text for e in events if isinstance(e, messages.Final))
+
+
+def words_of(events) -> list[messages.Word]:
+    return [w for e in events if isinstance(e, messages.Final) for w in e.words]
+
+
+def kinds(events) -> list[str]:
+    return [type(e).__name__ for e in events]
+
+
+def wait_until(condition) -> None:
+    deadline = time.perf_counter() + LONG_S
+    while not condition():
+        assert time.perf_counter() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+class Gate:
+    """Keeps the worker inside a step until it is opened."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+        run = OracleBatch.run
+
+        def gated(batch, sessions):
+            self.entered.set()
+            assert self.opened.wait(LONG_S)
+            return run(batch, sessions)
+
+        monkeypatch.setattr(OracleBatch, "run", gated)
+
+
+# --- life of a stream ----------------------------------------------------------------------------
+
+
+def test_events_come_in_order(oracle):
+    events = oracle().transcribe(say(["hello", "world"]), OPTIONS)
+    names = [name for name in kinds(events) if name != "Tail"]
+    assert names[:2] == ["Ready", "SpeechStarted"]
+    assert names[-2:] == ["SpeechStopped", "Done"]
+    assert set(names[2:-2]) == {"Final"}
+    assert text_of(events) == "hello world"
+    ready, done = events[0], events[-1]
+    assert (ready.sample_rate, ready.chunk_ms, ready.delay_ms) == (16_000, 320, 240)
+    assert done.duration == pytest.approx(len(say(["hello", "world"])) / 16_000)
+    assert done.compute_seconds > 0
+
+
+@pytest.mark.parametrize("delay_ms", [0, 240, 960])
+def test_words_leave_with_the_first_chunk_that_ends_late_enough(oracle, delay_ms):
+    words = vocabulary(20)
+    events = oracle().transcribe(say(words), StreamOptions(vad=OFF, delay_ms=delay_ms))
+    out = words_of(events)
+    assert [w.word for w in out] == words
+    for i, word in enumerate(out[:-5]):
+        end = 0.04 + 0.32 * i + 0.16  # four letters and a gap of 160 ms a word, 40 ms before
+        assert word.end == pytest.approx(end + 0.04, abs=0.021)
+        assert word.start == pytest.approx(end - 0.16 - 0.04, abs=0.021)
+        # The oracle knows that a word is over 40 ms after it; then the delay, then the chunk.
+        assert delay_ms / 1000 <= word.emitted - end <= delay_ms / 1000 + 0.32 + 0.04
+
+
+def test_the_last_word_comes_out_at_the_end(oracle):
+    """The audio stops with the last sample of the word: no silence follows that could show it."""
+    pcm = np.trim_zeros(say(["only", "this"]))
+    pcm = np.concatenate([np.zeros(640, np.float32), pcm])
+    for delay_ms in (0, 240, 960):
+        events = oracle().transcribe(pcm, StreamOptions(vad=OFF, delay_ms=delay_ms))
+        assert text_of(events) == "only this"
+        assert all(w.end <= w.emitted <= len(pcm) / 16_000 for w in words_of(events))
+
+
+def test_flush_brings_the_last_word_and_the_stream_goes_on(oracle):
+    stream = oracle().open(OPTIONS)
+    stream.feed(say(["first"], gap_ms=40))
+    stream.flush()
+    events = []
+    for event in stream.events(timeout=LONG_S):
+        events.append(event)
+        if isinstance(event, messages.SpeechStopped):
+            break
+    assert text_of(events) == "first"
+    stream.feed(say(["second"]))
+    stream.finish()
+    rest = list(stream.events())
+    assert text_of(rest) == " second"
+    assert [e.segment for e in (*events, *rest) if isinstance(e, messages.Final)] == [0, 1]
+
+
+def test_an_empty_stream_is_done_at_once(oracle):
+    events = oracle().transcribe(np.zeros(0, np.float32), OPTIONS)
+    assert kinds(events) == ["Ready", "Done"]
+
+
+def test_silence_costs_no_step(tiny_engine):
+    events = tiny_engine.transcribe(np.zeros(160_000, np.float32), StreamOptions())
+    assert kinds(events) == ["Ready", "Done"]
+    metrics = tiny_engine.metrics()
+    assert (metrics.steps, metrics.audio_seconds) == (0, 10.0)
+    assert metrics.stage_seconds.keys() == {"vad"}
+
+
+def test_events_can_be_read_in_pieces(oracle):
+    stream = oracle().open(OPTIONS)
+    assert kinds(stream.events(timeout=0.2)) == ["Ready"]
+    assert kinds(stream.events(timeout=0.01)) == []
+    stream.finish()
+    assert kinds(stream.events()) == ["Done"]
+    assert kinds(stream.events()) == []
+
+
+def test_streams_of_different_chunks_share_an_engine(oracle):
+    engine, words = oracle(n_slots=3), vocabulary(12)
+    sizes = (80, 320, 1280)
+    streams = [engine.open(StreamOptions(vad=OFF, chunk_ms=ms)) for ms in sizes]
+    for packet in np.array_split(say(words), 17):
+        for stream in streams:
+            stream.feed(packet)
+    for stream in streams:
+        stream.finish()
+    for stream, ms in zip(streams, sizes, strict=True):
+        out = words_of(stream.events())
+        assert [w.word for w in out] == words
+        assert all(round(w.emitted * 1000) % ms == 0 for w in out[:-8])
+
+
+def test_the_callers_buffer_may_be_used_again(oracle):
+    stream, pcm = oracle().open(OPTIONS), say(["kept"])
+    packet = pcm.copy()
+    stream.feed(packet)
+    packet[:] = 0.5
+    stream.finish()
+    assert text_of(stream.events()) == "kept"
+
+
+# --- admission, backlog, misuse ------------------------------------------------------------------
+
+
+def test_a_full_engine_says_so_and_frees_slots(oracle):
+    engine = oracle(n_slots=2)
+    first, second = engine.open(OPTIONS), engine.open(OPTIONS)
+    with pytest.raises(BusyError, match="2 slots"):
+        engine.open(OPTIONS)
+    first.cancel()
+    third = engine.open(OPTIONS)  # at once
+    second.finish()
+    list(second.events())  # Done is told when the slot is free
+    fourth = engine.open(OPTIONS)
+    assert engine.metrics().n_streams == 2
+    assert engine.metrics().streams_refused == 1
+    for stream in (third, fourth):
+        stream.feed(say(["fine"]))
+        stream.finish()
+        assert text_of(stream.events()) == "fine"
+
+
+def test_cancel_in_the_middle_of_a_step_frees_the_slot_and_says_nothing_more(oracle, monkeypatch):
+    gate = Gate(monkeypatch)
+    engine = oracle(n_slots=1)
+    stream = engine.open(OPTIONS)
+    stream.feed(say(vocabulary(5)))
+    assert gate.entered.wait(LONG_S)
+    stream.cancel()
+    other = engine.open(OPTIONS)  # its row is inside the step
+    other.feed(say(["next"]))
+    other.finish()
+    gate.opened.set()
+    assert text_of(other.events()) == "next"
+    assert "Final" not in kinds(stream.events())
+    stream.feed(say(["late"]))  # dropped: nothing to fail on
+    stream.cancel()
+    assert engine.metrics().n_streams == 0
+
+
+def test_too_much_audio_is_told_once(oracle, monkeypatch):
+    gate = Gate(monkeypatch)
+    engine = oracle(backlog_s=2.5)
+    stream = engine.open(OPTIONS)
+    stream.feed(say(vocabulary(4)))
+    assert gate.entered.wait(LONG_S)
+    stream.feed(np.zeros(16_000, np.float32))
+    assert stream.backlog_s == pytest.approx(1 + len(say(vocabulary(4))) / 16_000)
+    with pytest.raises(BacklogError, match="limit is 2.5 s"):
+        stream.feed(np.zeros(32_000, np.float32))
+    stream.feed(np.zeros(160, np.float32))  # told already
+    gate.opened.set()
+    last = list(stream.events())[-1]
+    assert (type(last), last.code) == (messages.Error, "backlog")
+    assert last.hint
+    metrics = engine.metrics()
+    assert (metrics.backlogs, metrics.streams_failed, metrics.n_streams) == (1, 1, 0)
+
+
+def test_a_source_that_can_wait_loses_nothing(oracle):
+    engine, words = oracle(backlog_s=0.7), vocabulary(60)
+    assert [w.word for w in words_of(engine.transcribe(say(words), OPTIONS))] == words
+    assert engine.metrics().backlogs == 0
+
+
+def test_room_is_waited_for(oracle, monkeypatch):
+    gate = Gate(monkeypatch)
+    stream = oracle(backlog_s=1.0).open(OPTIONS)
+    assert stream.room_s == 1.0
+    stream.feed(np.zeros(16_000, np.float32))
+    assert gate.entered.wait(LONG_S)
+    assert not stream.wait_for_room(1.0, timeout=0.05)
+    gate.opened.set()
+    assert stream.wait_for_room(0.9, timeout=LONG_S)
+    gate.opened.clear()
+    stream.cancel()
+    gate.opened.set()
+    assert stream.wait_for_room(1.0, timeout=0.0)  # a closed stream keeps nobody waiting
+
+
+def test_a_backlog_must_hold_two_chunks(oracle):
+    with pytest.raises(ConfigError, match="too short"):
+        oracle(backlog_s=2.0).open(StreamOptions(chunk_ms=1280))
+
+
+@pytest.mark.parametrize(
+    ("pcm", "message"),
+    [
+        (np.zeros((10, 2), np.float32), "mono"),
+        (np.array([0.0, np.nan], np.float32), "NaN"),
+        (np.array([np.inf], np.float32), "infinity"),
+    ],
+)
+def test_what_is_no_audio_is_refused(oracle, pcm, message):
+    stream = oracle().open(OPTIONS)
+    with pytest.raises(AudioFormatError, match=message):
+        stream.feed(pcm)
+    stream.feed(say(["still"]))
+    stream.finish()
+    assert text_of(stream.events()) == "still"
+
+
+def test_audio_after_the_end_is_a_mistake(oracle, monkeypatch):
+    gate = Gate(monkeypatch)
+    stream = oracle().open(OPTIONS)
+    stream.feed(say(["end"]))
+    stream.finish()
+    with pytest.raises(ProtocolError, match="after the end"):
+        stream.feed(say(["more"]))
+    stream.finish()
+    stream.flush()
+    gate.opened.set()
+    assert text_of(stream.events()) == "end"
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+def test_a_callback_hears_everything_from_the_worker(oracle):
+    engine, heard, done = oracle(), [], threading.Event()
+
+    def on_event(event) -> None:
+        heard.append((threading.current_thread().name, event))
+        if isinstance(event, messages.Done):
+            done.set()
+
+    stream = engine.open(OPTIONS, on_event=on_event)
+    stream.feed(say(["called", "back"]))
+    stream.finish()
+    assert done.wait(LONG_S)
+    assert {name for name, _ in heard} == {"sparqle-engine"}
+    assert text_of(event for _, event in heard) == "called back"
+    with pytest.raises(ProtocolError):
+        next(stream.events())
+
+
+def test_a_broken_callback_ends_its_own_stream_only(oracle, caplog):
+    engine = oracle()
+
+    def on_event(event) -> None:
+        if isinstance(event, messages.Final):
+            raise RuntimeError("broken callback")
+
+    bad, good = engine.open(OPTIONS, on_event=on_event), engine.open(OPTIONS)
+    for stream in (bad, good):
+        stream.feed(say(["both", "speak"]))
+    good.finish()
+    assert text_of(good.events()) == "both speak"
+    wait_until(lambda: engine.metrics().n_streams == 0)
+    assert "on_event of stream" in caplog.text
+
+
+def test_a_stream_that_fails_leaves_its_neighbour_alone(oracle, monkeypatch, caplog):
+    engine, take = oracle(), Session.take
+
+    def fragile(session, tokens):
+        if session.options.prompt == "fragile":
+            raise RuntimeError("a bug in one row")
+        return take(session, tokens)
+
+    monkeypatch.setattr(Session, "take", fragile)
+    bad = engine.open(StreamOptions(vad=OFF, prompt="fragile"))
+    good = engine.open(OPTIONS)
+    for stream in (bad, good):
+        stream.feed(say(["both", "speak"]))
+        stream.finish()
+    last = list(bad.events())[-1]
+    assert (last.code, last.message) == ("internal", "RuntimeError: a bug in one row")
+    assert text_of(good.events()) == "both speak"
+    assert engine.metrics().streams_failed == 1
+    assert "a bug in one row" in caplog.text
+
+
+def test_a_failed_step_ends_its_streams_and_not_the_worker(oracle, monkeypatch, caplog):
+    engine, run = oracle(), OracleBatch.run
+    failures = iter([MemoryError("out of memory")])
+
+    def once_broken(batch, sessions):
+        for failure in failures:
+            raise failure
+        return run(batch, sessions)
+
+    monkeypatch.setattr(OracleBatch, "run", once_broken)
+    idle = engine.open(OPTIONS)
+    stream = engine.open(OPTIONS)
+    stream.feed(say(["lost"]))
+    assert list(stream.events())[-1].code == "internal"
+    idle.feed(say(["unharmed"]))
+    idle.finish()
+    assert text_of(idle.events()) == "unharmed"
+    assert text_of(engine.transcribe(say(["again"]), OPTIONS)) == "again"
+    assert "out of memory" in caplog.text
+
+
+def test_a_detector_that_cannot_be_loaded_is_the_streams_error(oracle):
+    bad = oracle().open(StreamOptions(vad=VadConfig(kind="webrtc", webrtc_mode=9)))
+    last = list(bad.events())[-1]
+    assert (type(last), last.code) == (messages.Error, "invalid_option")
+
+
+def test_close_ends_every_stream(oracle):
+    engine = oracle()
+    stream = engine.open(OPTIONS)
+    engine.close()
+    assert list(stream.events())[-1].code == "busy"
+    with pytest.raises(BusyError, match="shutting down"):
+        engine.open(OPTIONS)
+    engine.close()
+    assert not engine._worker.is_alive()
+
+
+# --- long speech ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_ms", [80, 320, 1280])
+@pytest.mark.parametrize("delay_ms", [0, 240, 960])
+def test_seams_of_long_speech_lose_and_double_nothing(oracle, chunk_ms, delay_ms):
+    """Two minutes without a pause, cut every 8 s in the middle of whatever is said.
+
+    The oracle knows of a slot only what was heard in it and what its prefix says, so words that
+    the delay held back at a cut would be lost, and words heard again would be said twice.
+    """
+    words = vocabulary(500)
+    engine = oracle()
+    options = StreamOptions(vad=OFF, chunk_ms=chunk_ms, delay_ms=delay_ms, max_segment_s=8.0)
+    events = engine.transcribe(say(words, gap_ms=80), options)
+    assert [w.word for w in words_of(events)] == words
+    assert engine.metrics().seams >= 120 // (8 + 1.28) - 1
+    assert kinds(events).count("SpeechStopped") == 1
+    segments = [e.segment for e in events if isinstance(e, messages.Final)]
+    assert segments == sorted(segments)
+    assert engine.metrics().seams <= len(set(segments)) <= engine.metrics().seams + 1
+    n_before = segment_words(events).count(0)
+    assert engine._batch.seam_prefixes[0].split() == words[n_before - 8 : n_before]
+
+
+def segment_words(events) -> list[int]:
+    """The segment of every word."""
+    return [e.segment for e in events if isinstance(e, messages.Final) for _ in e.words]
+
+
+def test_a_seam_prefers_a_pause(oracle):
+    """Words at 0 .. 5.3 s, a pause of 0.6 s, words: the cut at most 6.5 s along is in the pause."""
+    first, then = vocabulary(40)[:22], vocabulary(40)[22:]
+    pause = np.zeros(9600, np.float32)
+    pcm = np.concatenate([say(first, gap_ms=80), pause, say(then, gap_ms=80)])
+    engine = oracle()
+    events = engine.transcribe(pcm, StreamOptions(vad=OFF, max_segment_s=6.5))
+    assert [w.word for w in words_of(events)] == first + then
+    assert segment_words(events)[:23] == [0] * 22 + [1]
+
+
+def test_a_full_slot_is_a_seam_too(oracle, tiny):
+    """Limits of hours: the slot of 640 rows is what ends the segments."""
+    words = vocabulary(900)
+    engine = oracle()
+    options = StreamOptions(vad=OFF, max_segment_s=1e6)
+    events = engine.transcribe(say(words, gap_ms=80), options)
+    assert [w.word for w in words_of(events)] == words
+    # 12.5 queries and 4.2 words a second fill 640 rows in about 38 s.
+    assert len(say(words, gap_ms=80)) / 16_000 / 40 - 1 <= engine.metrics().seams <= 8
+
+
+def test_the_prompt_stands_before_every_segment(oracle):
+    engine = oracle()
+    options = StreamOptions(vad=OFF, prompt="names are here", max_segment_s=4.0)
+    engine.transcribe(say(vocabulary(40)), options)
+    prefixes = engine._batch.seam_prefixes
+    assert prefixes
+    assert all(prefix.split()[:3] == ["names", "are", "here"] for prefix in prefixes)
+
+
+# --- rule 9, metrics, log ------------------------------------------------------------------------
+
+
+class Stubborn(OracleBatch):
+    """An LLM that has fallen into a loop and writes as much as it may."""
+
+    def _write(self, slot, delay_ms):
+        slot.unsaid.clear()
+        return self.model.tokenizer.encode(" again" * 20)
+
+
+class Mute(OracleBatch):
+    """An LLM that never writes."""
+
+    def _write(self, slot, delay_ms):
+        return []
+
+
+def test_a_loop_is_stopped_and_counted(oracle, monkeypatch):
+    monkeypatch.setattr(engine_module, "Batch", Stubborn)
+    engine = oracle()
+    events = engine.transcribe(say(vocabulary(30), gap_ms=80), OPTIONS)
+    metrics = engine.metrics()
+    assert metrics.loops_stopped >= 1
+    assert metrics.seams >= metrics.loops_stopped - 1
+    # Each loop is stopped at its 18th token, the cap lets 12 a second through before.
+    assert len(text_of(events).split()) <= 17 * (metrics.loops_stopped + 1)
+
+
+def test_speech_without_text_is_a_warning_and_a_counter(oracle, monkeypatch):
+    monkeypatch.setattr(engine_module, "Batch", Mute)
+    engine = oracle()
+    events = engine.transcribe(say(vocabulary(30)), OPTIONS)
+    warnings = [e for e in events if isinstance(e, messages.Warning)]
+    assert [w.code for w in warnings] == ["speech_without_text"]
+    assert warnings[0].time == pytest.approx(3.2)
+    assert engine.metrics().speech_without_text == 1
+    assert text_of(events) == ""
+
+
+def test_noise_that_ctc_does_not_hear_gives_no_text(oracle, monkeypatch):
+    """An LLM that would write on and on over a segment of which CTC hears nothing."""
+    monkeypatch.setattr(engine_module, "Batch", Stubborn)
+    assert text_of(oracle().transcribe(np.zeros(80_000, np.float32), OPTIONS)) == ""
+
+
+def test_tails_are_provisional_and_end_with_the_segment(oracle):
+    events = oracle().transcribe(say(vocabulary(9)), OPTIONS)
+    shown, tails = "", []
+    for event in events:
+        if isinstance(event, messages.Final):
+            shown = ""
+        if isinstance(event, messages.Tail):
+            assert event.text != shown
+            shown = event.text
+            tails.append(shown)
+        if isinstance(event, messages.SpeechStopped):
+            assert shown == ""
+    assert any(tails)
+
+
+def test_metrics_are_a_snapshot(oracle):
+    engine = oracle()
+    before = engine.metrics()
+    events = engine.transcribe(say(vocabulary(10)), OPTIONS)
+    after = engine.metrics()
+    assert (before.steps, before.streams_opened, before.step_seconds.n) == (0, 0, 0)
+    n_chunks = -(-(len(say(vocabulary(10))) + 640 + 1280 + 3840) // 5120)
+    assert (after.n_slots, after.n_streams, after.streams_opened) == (2, 0, 1)
+    assert after.steps == after.chunks == after.step_seconds.n == n_chunks
+    assert after.audio_seconds == pytest.approx(len(say(vocabulary(10))) / 16_000)
+    spent = sum(after.stage_seconds.values())
+    assert events[-1].compute_seconds == pytest.approx(spent)
+    assert after.step_seconds.quantile(0.5) <= after.step_seconds.quantile(0.99)
+    assert after.step_seconds.quantile(1.0) == after.step_seconds.max_s
+
+
+def test_lag_is_what_was_received_and_not_captioned(oracle, monkeypatch):
+    gate = Gate(monkeypatch)
+    stream = oracle().open(OPTIONS)
+    stream.feed(say(vocabulary(20)))  # 6.44 s
+    assert gate.entered.wait(LONG_S)
+    gate.opened.set()
+    wait_until(lambda: stream.backlog_s < 0.32)
+    stream.finish()
+    finals = [e for e in stream.events() if isinstance(e, messages.Final)]
+    assert finals[0].lag == pytest.approx(6.44 - finals[0].time)
+    assert all(e.lag <= 6.44 - e.time + 1e-9 for e in finals)
+
+
+def test_one_log_record_per_stream_without_its_words(oracle, caplog):
+    caplog.set_level(logging.DEBUG, logger="sparqle_stream.engine")
+    oracle().transcribe(say(["secret", "words"]), OPTIONS)
+    assert len(caplog.records) == 1
+    assert "audio 0.80 s" in caplog.text
+    assert "secret" not in caplog.text

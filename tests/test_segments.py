@@ -1,0 +1,83 @@
+"""Segments: audio between starts and stops into chunks, with what had to be known for each."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparqle_stream.segments import SegmentQueue
+
+
+def ramp(start: int, end: int) -> np.ndarray:
+    return np.arange(start, end, dtype=np.float32) + 1
+
+
+def chunks(queue: SegmentQueue) -> list:
+    out = []
+    while queue.has_chunk:
+        out.append(queue.next_chunk())
+    return out
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_chunks_hold_every_sample_once(data):
+    """Segments of any length in packets of any size: the chunks joined are the segment and zeros
+    enough for `pad`, and nothing waits that is not in the count.
+    """
+    size, pad = data.draw(st.integers(1, 50)), data.draw(st.integers(1, 40))
+    queue, at, got, expected = SegmentQueue(size, pad), 0, [], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        begin = at + data.draw(st.integers(0, 20))
+        end = begin + data.draw(st.integers(0, 200))
+        queue.begin(begin, begin + 5)
+        assert queue.is_open
+        assert queue.first_origin is not None
+        at = begin
+        while at < end:
+            stop = min(end, at + data.draw(st.integers(1, 90)))
+            queue.append(ramp(at, stop))
+            at = stop
+            if data.draw(st.booleans()):
+                got += chunks(queue)
+        queue.end(at + 7)
+        padded = end - begin + pad
+        padded += -padded % size
+        expected.append(np.pad(ramp(begin, end), (0, padded - (end - begin))))
+        at += 7
+    got += chunks(queue)
+    np.testing.assert_array_equal(np.concatenate([c.pcm for c in got]), np.concatenate(expected))
+    assert queue.n_waiting == 0
+    assert queue.first_origin is None
+    assert [c.known_at for c in got] == sorted(c.known_at for c in got)
+
+
+def test_a_chunk_says_what_had_to_be_heard_for_it():
+    queue = SegmentQueue(chunk_samples=10, pad_samples=4)
+    queue.begin(100, known_at=115)  # speech from 100 on, known late
+    queue.append(ramp(100, 118))
+    assert queue.n_waiting == 18
+    first = queue.next_chunk()
+    assert (first.start, first.end, first.known_at, first.is_first) == (100, 110, 115, True)
+    assert not queue.has_chunk
+    assert queue.n_waiting == 8
+    queue.append(ramp(118, 125))
+    second = queue.next_chunk()
+    assert (second.start, second.known_at, second.segment_end) == (110, 120, None)
+    queue.end(known_at=140)
+    last = queue.next_chunk()
+    assert (last.start, last.known_at, last.segment_end) == (120, 140, 125)
+    assert not queue.has_chunk
+
+
+def test_a_segment_waits_for_the_one_before():
+    queue = SegmentQueue(chunk_samples=10, pad_samples=1)
+    queue.begin(0, 0)
+    queue.append(ramp(0, 3))
+    queue.end(3)
+    queue.begin(5, 5)
+    queue.append(ramp(5, 30))
+    assert queue.first_origin == 0
+    assert [c.origin for c in chunks(queue)] == [0, 5, 5]
+    assert queue.first_origin == 5

@@ -208,7 +208,8 @@ def _hand_out(state: VadState, heard: Pcm, end: int, events: list[SegmentEvent])
     """heard (R,) ends before stream sample `end`; what was not handed out of it is."""
     n_new = end - state.n_out
     if n_new:
-        events.append(SegmentAudio(heard[len(heard) - n_new :]))
+        # A copy: a view would keep all of `heard` in memory as long as it waits in a queue.
+        events.append(SegmentAudio(heard[len(heard) - n_new :].copy()))
         state.n_out = end
 
 

@@ -70,6 +70,7 @@ def segments_of(pcm: np.ndarray, events: list) -> list[tuple[int, int, int, int]
                 assert start is not None, "audio outside a segment"
                 assert part.dtype == np.float32
                 assert len(part)
+                assert part.base is None, "a view would keep more than itself in memory"
                 parts.append(part)
             case SegmentStop(sample, known_at):
                 end = sample

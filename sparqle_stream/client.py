@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import socket
 import ssl
 from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING, Any
@@ -59,8 +61,15 @@ async def stream(
     fields of the query such as chunk_ms or prompt; pace="file" for audio that is not live.
     """
     websocket = await _connect(stream_url(url, options), api_key)
-    async for event in _talk(websocket, blocks):
-        yield event
+    sender = asyncio.create_task(_send(websocket, blocks))
+    try:
+        async with contextlib.aclosing(_receive(websocket, sender)) as events:
+            async for event in events:
+                yield event
+    finally:
+        sender.cancel()
+        await asyncio.gather(sender, return_exceptions=True)
+        await websocket.close()
 
 
 def stream_sync(
@@ -129,7 +138,10 @@ async def _connect(url: str, api_key: str) -> ClientConnection:
     except ssl.SSLError as err:
         raise ServerError(f"no TLS with {at}: {err}", hint="ws:// if it has no TLS") from err
     except OSError as err:
-        why = err.strerror or str(err)
+        if err.errno is None or isinstance(err, socket.gaierror):  # its numbers are others
+            why = err.strerror or str(err)
+        else:
+            why = os.strerror(err.errno)
         hint = "is it running? start one with: sparqle-stream serve"
         raise ServerError(f"cannot connect to {at}: {why}", hint) from err
 
@@ -141,20 +153,6 @@ def _refusal(at: str, status: int, body: bytes | bytearray | None) -> ServerErro
         return ServerError(f"{at} refused: {said['message']}", hint=said["hint"])
     hints = {401: "give --api-key KEY", 403: "is the path right?", 404: f"the path is {ROUTE}"}
     return ServerError(f"{at} refused with HTTP {status}", hints.get(status, "try again later"))
-
-
-async def _talk(
-    websocket: ClientConnection, blocks: Iterable[Pcm] | AsyncIterable[Pcm]
-) -> AsyncGenerator[Event, None]:
-    """Both directions of an open connection, which is closed afterwards."""
-    sender = asyncio.create_task(_send(websocket, blocks))
-    try:
-        async for event in _receive(websocket, sender):
-            yield event
-    finally:
-        sender.cancel()
-        await asyncio.gather(sender, return_exceptions=True)
-        await websocket.close()
 
 
 async def _send(websocket: ClientConnection, blocks: Iterable[Pcm] | AsyncIterable[Pcm]) -> None:
@@ -182,7 +180,9 @@ async def _each(blocks: Iterable[Pcm] | AsyncIterable[Pcm]) -> AsyncIterator[Pcm
         yield block_or_end
 
 
-async def _receive(websocket: ClientConnection, sender: asyncio.Task[None]) -> AsyncIterator[Event]:
+async def _receive(
+    websocket: ClientConnection, sender: asyncio.Task[None]
+) -> AsyncGenerator[Event, None]:
     """Events up to the last one. Raises ServerError when the connection ends without one."""
     from websockets.exceptions import ConnectionClosed
 
@@ -191,11 +191,11 @@ async def _receive(websocket: ClientConnection, sender: asyncio.Task[None]) -> A
         while True:
             # A microphone that fails must end the stream, not leave it waiting for audio.
             waiting: set[asyncio.Task[Any]] = {incoming}
-            if not sender.done():
-                waiting.add(sender)
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if sender.done():
                 sender.result()
+            else:
+                waiting.add(sender)
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if not incoming.done():
                 continue
             event = messages.from_json(incoming.result())

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from server_harness import rounded, serving, words
+from websockets.sync.server import serve
 
 from sparqle_stream import client, messages
 from sparqle_stream.config import EngineConfig, StreamOptions
@@ -69,13 +70,24 @@ def test_giving_up_early_frees_the_slot(engine, url, speech):
     assert engine.metrics().n_streams == 0
 
 
-def test_a_microphone_that_fails_is_not_hidden(url):
+@pytest.mark.parametrize("waits_for_ready", [False, True])
+def test_a_microphone_that_fails_is_not_hidden(url, waits_for_ready):
+    """It may fail while nobody waits for it, an event being handed out: seen all the same."""
+    ready = threading.Event()
+
     def microphone():
         yield np.zeros(1_600, np.float32)
+        if waits_for_ready:
+            ready.wait(20)
         raise OSError("unplugged")
 
+    def listen():
+        for _ in client.stream_sync(url, microphone()):
+            ready.set()
+            time.sleep(0.2)
+
     with pytest.raises(OSError, match="unplugged"):
-        list(client.stream_sync(url, microphone()))
+        listen()
 
 
 def test_an_error_event_is_the_last_one(url):
@@ -115,6 +127,8 @@ def test_somebody_else_is_there():
 
 
 class Silent(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
     def do_GET(self):
         self.send_error(404)
 
@@ -140,25 +154,14 @@ def test_a_full_server(tiny):
 
 
 def test_a_server_that_dies():
-    """It accepts, then cuts the connection without a word."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def die():
-        from websockets.server import ServerProtocol
-        from websockets.sync.server import ServerConnection
-
-        peer, _ = listener.accept()
-        connection = ServerConnection(peer, ServerProtocol())
-        connection.handshake()
-        peer.shutdown(socket.SHUT_RDWR)
-        connection.close_socket()
-
-    thread = threading.Thread(target=die)
-    thread.start()
-    error = refused(f"ws://127.0.0.1:{listener.getsockname()[1]}")
-    thread.join()
-    listener.close()
-    assert "lost before the end" in error.message
+    """It accepts, then the connection is gone without a word."""
+    with serve(lambda w: w.socket.shutdown(socket.SHUT_RDWR), "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        error = refused(f"ws://127.0.0.1:{server.socket.getsockname()[1]}")
+        server.shutdown()
+        thread.join()
+    assert error.message.startswith("the connection was lost before the end")
     assert "(1006)" in error.message
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from server_harness import SAMPLE_RATE_HZ, WAIT_S, frames, get, open_stream, rest, s16, words
@@ -16,6 +18,7 @@ from websockets.sync.client import connect
 
 from sparqle_stream import messages, server
 
+REPO = Path(__file__).parents[2]
 SERVE = """
 import sys
 from sparqle_stream import server, testing
@@ -84,8 +87,13 @@ def test_a_stream_that_ends_in_time_is_not_disturbed(draining):
 def test_a_process_that_gets_sigterm(speech, drain_s, n_signals):
     """Exit code 0, the last words out, no traceback; a second signal hurries a long drain."""
     command = [sys.executable, "-c", SERVE, str(drain_s)]
+    paths = os.pathsep.join([*(str(REPO / x) for x in (".", "kernels")), *sys.path])
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
     ) as process:
         try:
             url = process.stdout.readline().strip()

@@ -44,6 +44,7 @@ Floats = npt.NDArray[np.float32]
 CTC_MS = FRAMES_PER_CTC * FRAME_SAMPLES * 1000 // SAMPLE_RATE_HZ
 LETTER_SAMPLES = FRAMES_PER_CTC * FRAME_SAMPLES
 CODE_LEVELS = 64  # of amplitude in `say`
+LONGEST_WORD = 50  # letters that the oracle can hear
 LETTERS = string.ascii_lowercase
 # Blank, letters that begin a word, letters inside a word.
 PIECES = ["<blank>", *("▁" + x for x in LETTERS), *LETTERS, "'"]
@@ -171,6 +172,7 @@ class WordTokenizer:
 
     def __init__(self) -> None:
         self._words = ["", ""]
+        self._ids: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
         return [self._id(piece) for piece in re.findall(r" ?\S+|\s+", text)]
@@ -179,9 +181,10 @@ class WordTokenizer:
         return "".join(self._words[i] for i in ids)
 
     def _id(self, piece: str) -> int:
-        if piece not in self._words:
+        if piece not in self._ids:
+            self._ids[piece] = len(self._words)
             self._words.append(piece)
-        return self._words.index(piece)
+        return self._ids[piece]
 
 
 def oracle_model() -> SparqleModel:
@@ -245,12 +248,13 @@ class OracleBatch:
         slot = self.slots[row]
         if turn.prefix is not None:
             text = self.model.tokenizer.decode(turn.prefix)
-            heard_from = len(slot.codes) - turn.n_again * FRAMES_PER_QUERY // FRAMES_PER_CTC
-            self.slots[row] = slot = _OracleSlot(slot.codes, heard_from, text.split())
+            n_again = turn.n_again * FRAMES_PER_QUERY // FRAMES_PER_CTC
+            codes = slot.codes[-(n_again + LONGEST_WORD) :]  # an hour must not cost a square
+            self.slots[row] = slot = _OracleSlot(codes, len(codes) - n_again, text.split())
             self.seam_prefixes += [text] if turn.start is Start.SEAM else []
         middles = turn.pcm[LETTER_SAMPLES // 2 :: LETTER_SAMPLES]
         codes = np.rint(middles * CODE_LEVELS).astype(int).tolist()
-        slot.codes += codes
+        slot.codes = slot.codes + codes
         log_probs = torch.full((len(codes), len(PIECES) + 1), -30.0)
         log_probs[range(len(codes)), codes] = 0.0
         return log_probs

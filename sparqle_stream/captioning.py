@@ -135,11 +135,11 @@ class Captioning:
 
 def _as_exception(error: messages.Error) -> Exception:
     """The exception that an Error event stands for."""
+    if error.code == "internal":
+        return EngineFailedError(error.message)
     for kind in SparqleError.__subclasses__():
         if kind.code == error.code:
             return kind(error.message, hint=error.hint)
-    if error.code == "internal":
-        return EngineFailedError(error.message)
     return SparqleError(error.message, hint=error.hint)
 
 

@@ -17,7 +17,7 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from sparqle_stream import __version__, arguments
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
@@ -85,14 +85,28 @@ def _dispatch(argv: list[str], environ: Mapping[str, str]) -> int:
         return 0
     arguments.check_variables(environ)
     args = parser.parse(argv, environ)
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    _log_to_stderr(is_debug=args.debug)
     if getattr(args, "print_config", False):
         print(json.dumps(effective_config(args), indent=2))
         return 0
     return _COMMANDS[command or "transcribe"](args)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at the time: the live view takes it over for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _log_to_stderr(*, is_debug: bool) -> None:
+    logging.basicConfig(
+        handlers=[_StderrHandler()],
+        level=logging.WARNING,  # other packages' debug lines hold keys and audio
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("sparqle_stream").setLevel(logging.DEBUG if is_debug else logging.WARNING)
 
 
 # --- options into configuration ----------------------------------------------------------------
@@ -137,8 +151,18 @@ def load_engine(args: Namespace, n_slots: int = 1) -> Engine:
     from sparqle_stream import models
     from sparqle_stream.engine import Engine
 
-    model = models.load(args.model, llm=args.llm, dtype=args.dtype, device=args.compute)
+    with _spinner(f"loading {args.model}"):
+        model = models.load(args.model, llm=args.llm, dtype=args.dtype, device=args.compute)
     return Engine(model, cfg)
+
+
+def _spinner(text: str) -> AbstractContextManager[object]:
+    """Shows on a terminal that something takes its time."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
 
 
 # --- commands ----------------------------------------------------------------------------------
@@ -219,7 +243,7 @@ def _caption_microphone(args: Namespace, connect: Connect) -> int:
         connect() as (open_stream, _),
         microphone.Microphone(args.device) as mic,
     ):
-        live.watch(open_stream, mic, outputs)
+        live.watch(open_stream, mic, outputs, "microphone")
     return 0
 
 
@@ -271,7 +295,7 @@ def _watch_files(
             source = (
                 transcribe.open_source(name, pipe_format) if is_pipe else sources.PacedSource(name)
             )
-            session = live.watch(open_stream, source, outputs)
+            session = live.watch(open_stream, source, outputs, name)
         except SparqleError as err:
             on_error(name, err)
             continue
@@ -288,8 +312,9 @@ def _demo(args: Namespace) -> int:
     clip, source_of_clip = demo_clip()
     with load_engine(args) as engine, Outputs(["demo"], "txt", None) as outputs:
         print(f"{clip.name}: {source_of_clip}", file=sys.stderr)
+        source = sources.PacedSource(str(clip))
         session = live.watch(
-            lambda on_event: engine.open(options, on_event), sources.PacedSource(str(clip)), outputs
+            lambda on_event: engine.open(options, on_event), source, outputs, "demo"
         )
     print(session.latency.line())
     return EXIT_INTERRUPTED if session.was_stopped else 0

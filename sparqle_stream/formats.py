@@ -9,7 +9,7 @@ Times come as seconds of stream time and are rounded to milliseconds.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -136,8 +136,13 @@ class CueBuilder:
         self._words: list[Word] = []
         self._shown_until = 0.0
 
-    def push(self, word: Word) -> list[Cue]:
-        """Take the next word."""
+    def push(self, word: Word, *, is_glued: bool = False) -> list[Cue]:
+        """Take the next word; `is_glued`: no space before it (a full stop that came late)."""
+        if is_glued and self._words:
+            last = self._words.pop()
+            whole = replace(last, word=last.word + word.word, end=max(last.end, word.end))
+            self._words.append(whole)
+            return []
         if not self._words or not self._ends_before(word):
             self._words.append(word)
             return []
@@ -274,8 +279,12 @@ class CueWriter:
 
     def add(self, event: Event) -> None:
         if isinstance(event, messages.Final):
+            at = 0
             for word in event.words:
-                self._write(self._cues.push(word))
+                start = event.text.find(word.word, at)
+                is_glued = start >= 0 and not event.text[:start][-1:].isspace()
+                at = start + len(word.word)
+                self._write(self._cues.push(word, is_glued=is_glued))
 
     def finish(self) -> None:
         self._write(self._cues.finish())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparqle_stream.captioning import Captioning, Listener, StopSignals
@@ -79,22 +80,28 @@ class LiveSession:
                 self._view.notice(told)
             while self._source.notices:
                 self._view.notice(self._source.notices.pop(0))
-        self._view.status(self._meter.dbfs, self._losses())
+        self._view.status(self._meter.dbfs, self._remark())
 
-    def _losses(self) -> str:
+    def _remark(self) -> str:
         dropped_s = self._captioning.dropped_s if self._captioning else 0.0
         n_lost = self._source.n_overflows if isinstance(self._source, Microphone) else 0
-        parts = [f"too slow: {dropped_s:.1f} s lost"] * (dropped_s > 0)
-        parts += [f"{n_lost} blocks lost"] * (n_lost > 0)
-        return ", ".join(parts)
+        remarks = {
+            f"too slow: {dropped_s:.1f} s lost": dropped_s > 0,
+            f"{n_lost} blocks lost": n_lost > 0,
+            "no sound": self._meter.is_silent,
+        }
+        return ", ".join(text for text, is_so in remarks.items() if is_so)
 
 
 def watch(
-    open_stream: Callable[[OnEvent], CaptionStream], source: Source, outputs: Outputs
+    open_stream: Callable[[OnEvent], CaptionStream], source: Source, outputs: Outputs, name: str
 ) -> LiveSession:
-    """Run one source live, with the view where standard output is a terminal and free for it."""
+    """Run one source live, with the view where standard output is a terminal and free for it.
+
+    `name` is the source's among those that `outputs` was made for.
+    """
     is_mic = isinstance(source, Microphone)
-    title = f"{source.name}  q ends"
+    title = f"{Path(source.name).name}  q ends"
     view: View = QuietView()
     if outputs.is_file or outputs.kind == "txt":
         view = open_view(sys.stdout, title)
@@ -103,7 +110,7 @@ def watch(
     with contextlib.ExitStack() as opened:
         writer = None
         if outputs.is_file or isinstance(view, QuietView):
-            writer = opened.enter_context(outputs.open(source.name, is_live=is_mic))
+            writer = opened.enter_context(outputs.open(name, is_live=is_mic))
         session = LiveSession(source, view, writer)
         session.run(open_stream)
     return session

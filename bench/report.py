@@ -120,7 +120,7 @@ def _speech_row(name: str, result: Json, of_set: Json) -> list[str]:
         f"{ctc['wer_percent']:.1f}" if ctc else "-",
         f"{speech['substitutions']} / {speech['deletions']} / {speech['insertions']}",
         f"{speech['last_word_recall_percent']:.1f} %",
-        _two(delays["emission_ms"]),
+        _two(delays["emission_ms"]) + _unsure(speech, delays["emission_ms"]["n"]),
         _two(delays["end_of_speech_to_final_ms"]),
         f"`{name}`",
     ]
@@ -205,7 +205,8 @@ def _latency_facts(result: Json, machines: _Machines) -> str:
     return (
         f"{sets}, {result['audio_seconds']:.0f} s, {_settings(result)}, pace: {timing['pace']}; "
         f"RTF **{_number(result['rtf'], 3)}**, peak memory {timing['peak_rss_mb']:.0f} MB, "
-        f"latest packet {_number(result['latest_packet_ms'], 0)} ms late; "
+        f"latest packet {_number(result['latest_packet_ms'], 0)} ms late"
+        f"{_unsure(result, result['algorithmic']['emission_ms']['n'])}; "
         f"weights `{card['weights_hash'][:12]}`, commit `{card['commit']}`, "
         f"machine {machines.label(card)}{busy if timing['machine_was_busy'] else ''}"
     )
@@ -267,6 +268,12 @@ def _settings(result: Json) -> str:
     s = result["settings"]
     text = f"{s['model']}, chunk {s['chunk_ms']} ms, delay {s['delay_ms']} ms, VAD {s['vad']}"
     return f"{text}, {s['dtype']}" + (f", LLM {s['llm']}" if s["llm"] else "")
+
+
+def _unsure(result: Json, n_words: int) -> str:
+    """What is to be said of words whose end is only guessed."""
+    n = result["words_with_unsure_end"]
+    return f" ({n} of {n_words} word ends are guesses)" if n else ""
 
 
 def _two(percentiles: Json) -> str:

@@ -168,6 +168,15 @@ def test_errors_say_what_to_do(capsys, arguments, what):
     assert said.out == ""
 
 
+def test_without_a_folder_it_is_the_bundled_clip(oracle, monkeypatch, idle, capsys):
+    """`make bench` works on a machine without any corpus."""
+    monkeypatch.setattr("sparqle_stream.models.load", lambda *_, **__: oracle)
+    assert accuracy.main(["--vad", "off", "--without-ctc"]) == 0
+    (of_set,) = json.loads(capsys.readouterr().out.splitlines()[-1])["sets"]
+    assert (of_set["name"], of_set["recordings"]) == ("demo", 1)
+    assert of_set["speech"]["words"] > 20
+
+
 def test_speech_is_not_taken_as_noise(speech, capsys):
     assert accuracy.main(["--noise", str(speech)]) == 2
     assert "is no noise" in capsys.readouterr().err

@@ -41,6 +41,12 @@ def test_algorithmic_delays_know_stream_time_only():
     assert got.end_to_final == pytest.approx([0.4, 0.25])
 
 
+def test_a_word_that_ends_when_it_leaves_is_counted():
+    got = delays.algorithmic([final(0, 1.0, (0.3, 0.5), (0.55, 1.0)), final(0, 1.2, (1.0, 1.2))])
+    assert got.n_unsure == 2
+    assert delays.measure(STREAM).n_unsure == 0
+
+
 def test_a_segment_without_words_waits_for_nothing():
     """Noise that the detector took for speech must not count with the words of its neighbour."""
     noise = [(2.0, SpeechStarted(1.9)), (2.5, SpeechStopped(2.2))]

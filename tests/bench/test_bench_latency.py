@@ -43,23 +43,21 @@ class Clock:
 
 
 def test_a_virtual_stream_queues_as_a_live_one_would(oracle, monkeypatch):
-    """Chunks of 320 ms are heard at 0.32, 0.64, 0.96, 1.28. The first step takes 0.5 s, so the
-    second begins at 0.82; with 0.1 s each the third then waits until 0.92 > .. and so on:
-    0.32 + 0.5 = 0.82, 0.82 + 0.1 = 0.92, 0.96 + 0.1 = 1.06, 1.28 + 0.1 = 1.38.
+    """Chunks are heard at 0.32, 0.64, 0.96 .. s. The first step takes 0.7 s, the others 0.1 s.
+
+    So the first is done at 1.02; the second waits for it and is done at 1.12, the third, heard at
+    0.96, at 1.22. From the fourth on nobody waits: 1.28 + 0.1, 1.6 + 0.1.
     """
     clock = Clock()
-    clock.slow(monkeypatch, 0.5, 0.1)
-    pcm = testing.say(["a", "be", "see", "dee"])[: 4 * 5120]
-    take = VirtualEngine(oracle, CFG).play(np.resize(pcm, 4 * 5120), NO_VAD, clock=clock)
-    assert take.chunk_seconds[:4] == pytest.approx([0.5, 0.1, 0.1, 0.1])
-    finals = {round(e.time, 3): round(at, 3) for at, e in take.arrivals if isinstance(e, Final)}
-    done_at = {0.32: 0.82, 0.64: 0.92, 0.96: 1.06}
-    assert len(finals) >= 2
-    for heard_at, arrived in finals.items():
-        if heard_at in done_at:
-            assert arrived == pytest.approx(done_at[heard_at])
+    clock.slow(monkeypatch, 0.7, 0.1)
+    pcm = np.tile(testing.say(["a"], gap_ms=80), 13)  # a word every 160 ms
+    take = VirtualEngine(oracle, CFG).play(pcm[: 5 * 5120], NO_VAD, clock=clock)
+    assert take.chunk_seconds[:5] == pytest.approx([0.7, 0.1, 0.1, 0.1, 0.1])
+    arrived = {round(e.time, 3): at for at, e in take.arrivals if isinstance(e, Final)}
+    wanted = {0.64: 1.12, 0.96: 1.22, 1.28: 1.38}  # no word is complete before the second chunk
+    assert {t: arrived[t] for t in wanted} == pytest.approx(wanted)
     assert take.compute_seconds == pytest.approx(sum(take.chunk_seconds))
-    assert take.duration == pytest.approx(1.28)
+    assert take.duration == pytest.approx(1.6)
 
 
 def test_a_fast_virtual_stream_is_never_late(oracle, monkeypatch):

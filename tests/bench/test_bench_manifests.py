@@ -80,6 +80,14 @@ def test_a_part_must_be_something(tmp_path, every, limit):
         manifests.read(tmp_path, every, limit)
 
 
+def test_a_recording_that_is_missing_is_said_at_once(tmp_path):
+    write(tmp_path, [{"audio": "a.wav", "text": "x"}, {"audio": "b.wav", "text": "x"}])
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    with pytest.raises(ConfigError, match=r"b\.wav"):
+        manifests.require_files([manifests.read(tmp_path)])
+    manifests.require_files([manifests.read(tmp_path, limit=1)])
+
+
 def test_no_manifest_and_an_empty_one_are_errors(tmp_path):
     with pytest.raises(ConfigError, match="no manifest.jsonl"):
         manifests.read(tmp_path)

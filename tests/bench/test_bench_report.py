@@ -58,6 +58,7 @@ SPEECH = COUNTS | {
     "wer_interval_95_speakers": [18.5, 29.25],
     "speakers": {"s1": COUNTS | {"wer_percent": 31.0}, "s2": COUNTS | {"wer_percent": 15.0}},
     "delays_stream_time": DELAYS,
+    "words_with_unsure_end": 0,
     "greedy_ctc": COUNTS | {"wer_percent": 35.5},
 }
 NOISE = {"minutes": 12.0, "false_words": 18, "false_words_per_minute": 1.5}
@@ -88,6 +89,7 @@ LATENCY = {
     "audio_seconds": 60.0,
     "rtf": 0.0987,
     "latest_packet_ms": 2.0,
+    "words_with_unsure_end": 0,
 }
 
 
@@ -145,6 +147,17 @@ def test_a_busy_machine_is_said_beside_the_figure(result):
     busy = result | {"timing": TIMING | {"machine_was_busy": True, "others_share_before": 0.93}}
     assert "machine was busy" not in report.render([("r.json", result)])
     assert "machine was busy" in report.render([("r.json", busy)])
+
+
+def test_guessed_word_ends_are_said_beside_the_delays():
+    result = copy.deepcopy(ACCURACY)
+    result["sets"][0]["speech"]["words_with_unsure_end"] = 1
+    for page in (
+        report.render([("r.json", result)]),
+        report.render([("r.json", LATENCY | {"words_with_unsure_end": 1})]),
+    ):
+        assert "(1 of 2 word ends are guesses)" in page
+    assert "guesses" not in report.render([("a.json", ACCURACY), ("b.json", LATENCY)])
 
 
 def test_every_table_has_as_many_cells_as_columns():

@@ -353,8 +353,16 @@ def _demo_parser(name: str) -> Parser:
 
 def _serve_parser(name: str) -> Parser:
     parser = Parser(name, description="Websocket server for many streams on one model.")
-    group = parser.add_argument_group("server")
-    add = group.add_argument
+    _address(parser)
+    _limits(parser)
+    _recognition(parser)
+    _model(parser)
+    _general(parser, has_config=True)
+    return parser
+
+
+def _address(parser: Parser) -> None:
+    add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     add(
         "--port",
@@ -379,6 +387,18 @@ def _serve_parser(name: str) -> Parser:
         help="web page that may connect, such as https://example.org, or * (may be repeated;"
         " default: pages of this machine)",
     )
+
+
+def _limits(parser: Parser) -> None:
+    add = parser.add_argument_group("limits").add_argument
+    add(
+        "--slots",
+        type=_positive,
+        default=EngineConfig().n_slots,
+        metavar="N",
+        help="streams at a time; further ones are told that the server is busy"
+        " (default %(default)s)",
+    )
     add(
         "--idle-s",
         type=float,
@@ -393,18 +413,6 @@ def _serve_parser(name: str) -> Parser:
         metavar="S",
         help="seconds that running streams may go on after SIGTERM (default %(default)s)",
     )
-    add(
-        "--slots",
-        type=_positive,
-        default=EngineConfig().n_slots,
-        metavar="N",
-        help="streams at a time; further ones are told that the server is busy"
-        " (default %(default)s)",
-    )
-    _recognition(parser)
-    _model(parser)
-    _general(parser, has_config=True)
-    return parser
 
 
 def _client_parser(name: str) -> Parser:

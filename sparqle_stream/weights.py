@@ -146,10 +146,7 @@ class GgufFile:
         return TextTokenizer(fast.backend_tokenizer, bos_id)
 
     def _smollm_tokenizer(self) -> Tokenizer:
-        """Byte-level BPE that takes digits one by one, as SmolLM was trained.
-
-        transformers' reader of GGUF does not know that and takes "23" for one token.
-        """
+        """Byte-level BPE that takes digits one by one, as SmolLM was trained."""
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 

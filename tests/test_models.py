@@ -1,0 +1,232 @@
+"""models.py: a model folder and an LLM become a model; what does not fit says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparqle_stream import artifacts, models, weights
+from sparqle_stream.config import ModelConfig
+from sparqle_stream.errors import ConfigError, ModelError
+from sparqle_stream.weights import LlmFiles, TextTokenizer
+
+LORA_SCALE = 0.5
+ADAPTED = "layers.1.mlp.up_proj"
+
+
+def byte_bpe():
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    vocab = {x: i for i, x in enumerate(["<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return TextTokenizer(tokenizer, bos_id=0)
+
+
+def parts_of(model):
+    """What a model folder's two safetensors hold."""
+    bridge = {
+        f"{part}.{name}": tensor.contiguous()
+        for part, module in (("ctc", model.ctc), ("qformer", model.qformer))
+        for name, tensor in module.state_dict().items()
+    }
+    bridge |= {f"stop.{name}": tensor for name, tensor in model.llm.stop.state_dict().items()}
+    return dict(model.encoder.state_dict()), bridge
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory, tiny):
+    """The tiny model as a folder, with one LoRA pair, and its LLM as ours."""
+    root = tmp_path_factory.mktemp("written")
+    folder, llm = root / "model", root / "llm"
+    folder.mkdir()
+    llm.mkdir()
+    encoder, bridge = parts_of(tiny)
+    gen = torch.Generator().manual_seed(0)
+    bridge[f"lora.{ADAPTED}.a"] = torch.randn(4, tiny.cfg.llm.width, generator=gen)
+    bridge[f"lora.{ADAPTED}.b"] = torch.randn(tiny.cfg.llm.ffn, 4, generator=gen) * 0.1
+    save_file(encoder, folder / "encoder.safetensors")
+    save_file(bridge, folder / "bridge.safetensors")
+    tiny.pieces.tokenizer.save(str(folder / "pieces.json"))
+    config = asdict(tiny.cfg) | {"stop_threshold": 0.3, "lora_scale": LORA_SCALE}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {k: v for k, v in tiny.llm.state_dict().items() if not k.startswith("stop.")}
+    weights.save_llm(LlmFiles(replace(tiny.cfg.llm, n_slot=99), state, byte_bpe()), llm)
+    return folder, llm
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy to spoil."""
+    shutil.copytree(written[0], tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_load_gives_what_was_written(written, tiny):
+    model = models.load(written[0], llm=written[1])
+    assert model.name == "tiny"
+    assert model.cfg == tiny.cfg
+    assert model.llm.cfg.n_slot == tiny.cfg.llm.n_slot, "the slot is the model's, not the LLM's"
+    assert model.llm.stop_threshold == 0.3
+    assert model.device == torch.device("cpu")
+    assert model.tokenizer.decode(model.tokenizer.encode("naïve, 12")) == "naïve, 12"
+    assert model.pieces.size == tiny.pieces.size
+    for ours, theirs in ((model.encoder, tiny.encoder), (model.ctc, tiny.ctc)):
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], tensor), name
+    assert torch.equal(model.llm.stop.weight, tiny.llm.stop.weight)
+    assert not any(p.requires_grad for p in model.llm.parameters())
+
+
+def test_lora_is_merged_with_its_scale(written, tiny):
+    """gate and up lie in one matrix after loading; only up was adapted."""
+    bridge = load_file(written[0] / "bridge.safetensors")
+    model = models.load(written[0], llm=written[1])
+    gate, up = model.llm.layers[1].mlp.gate_up_proj.weight.chunk(2)
+    change = bridge[f"lora.{ADAPTED}.b"] @ bridge[f"lora.{ADAPTED}.a"] * LORA_SCALE
+    plain = tiny.llm.layers[1].mlp
+    # the LLM is kept in float16
+    torch.testing.assert_close(up, plain.up_proj.weight + change, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(gate, plain.gate_proj.weight, atol=1e-3, rtol=1e-3)
+    assert float((up - plain.up_proj.weight).abs().mean()) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("dtype", "encoder_dtype", "llm_dtype"),
+    [
+        ("float32", torch.float32, torch.float32),
+        ("bfloat16", torch.bfloat16, torch.bfloat16),
+        ("int8", torch.float32, torch.bfloat16),
+    ],
+)
+def test_dtypes(written, dtype, encoder_dtype, llm_dtype):
+    model = models.load(written[0], llm=written[1], dtype=dtype)
+    assert model.encoder.ln_post.weight.dtype == encoder_dtype
+    assert model.qformer.out.weight.dtype == encoder_dtype
+    assert model.llm.norm.weight.dtype == llm_dtype
+
+
+def test_a_random_model_by_name():
+    model = models.load("random:tiny", dtype="int8")
+    assert model.weights_hash == "seed-0"
+    assert model.llm.head is not None
+
+
+def test_weights_hash_follows_every_file(written, folder, tmp_path):
+    first = models.load(written[0], llm=written[1]).weights_hash
+    assert models.load(folder, llm=written[1]).weights_hash == first
+    bridge = load_file(folder / "bridge.safetensors")
+    bridge["stop.bias"] += 1.0
+    save_file(bridge, folder / "bridge.safetensors")
+    assert models.load(folder, llm=written[1]).weights_hash != first
+    other = tmp_path / "llm"
+    shutil.copytree(written[1], other)
+    state = load_file(other / "model.safetensors")
+    state["norm.weight"] += 1.0
+    save_file(state, other / "model.safetensors")
+    assert models.load(written[0], llm=other).weights_hash != first
+
+
+# --- what does not fit ----------------------------------------------------------------------------
+
+
+def spoil_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        part, _, name = key.partition("__")
+        if name:
+            config[part][name] = value
+        else:
+            config[part] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gain": 1}, "unknown ModelConfig field 'gain'"),
+        ({"encoder__wdith": 64}, "unknown EncoderConfig field 'wdith'"),
+        ({"qformer__kind": "magic"}, "unknown qformer kind 'magic'"),
+        ({"encoder__width": 128}, r"conv1\.weight \(64, 80, 3\) instead of \(128, 80, 3\)"),
+        ({"encoder__n_layers": 3}, r"missing: blocks\.2\."),
+        ({"encoder__n_layers": 1}, r"unexpected: blocks\.1\."),
+        ({"qformer__llm_width": 576}, "speaks to an LLM of width 576, .* has 64"),
+    ],
+    ids=lambda x: str(x)[:24],
+)
+def test_a_config_that_does_not_fit(written, folder, changes, said):
+    spoil_config(folder, **changes)
+    with pytest.raises(ModelError, match=said):
+        models.load(folder, llm=written[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ctc.out.weight", r"do not fit CtcHead; missing: out\.weight"),
+        ("qformer.out.bias", r"do not fit QFormer; missing: out\.bias"),
+        ("stop.bias", r"do not fit Linear; missing: bias"),
+        (f"lora.{ADAPTED}.b", f"adapter of {ADAPTED}"),
+    ],
+)
+def test_a_tensor_that_is_missing_is_named(written, folder, name, said):
+    bridge = load_file(folder / "bridge.safetensors")
+    del bridge[name]
+    save_file(bridge, folder / "bridge.safetensors")
+    with pytest.raises(ModelError, match=said):
+        models.load(folder, llm=written[1])
+
+
+@pytest.mark.parametrize("name", artifacts.MODEL_FILES)
+def test_a_file_that_is_missing_is_named(written, folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=f"has no {name}"):
+        models.load(folder, llm=written[1])
+
+
+@pytest.mark.parametrize("name", ["config.json", "encoder.safetensors", "bridge.safetensors"])
+def test_a_damaged_file_is_named(written, folder, name):
+    (folder / name).write_bytes((folder / name).read_bytes()[:50])
+    with pytest.raises(ModelError, match=f"cannot read .*{name}"):
+        models.load(folder, llm=written[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "llm", "said"),
+    [
+        ("sparqle-huge", None, "no model 'sparqle-huge'"),
+        ("nowhere/at/all", None, "no model 'nowhere/at/all'"),
+        (None, "llama99", "no LLM 'llama99'"),
+        (None, "./nowhere.gguf", r"no LLM '\./nowhere\.gguf'"),
+    ],
+)
+def test_an_unknown_name_says_what_there_is(written, name, llm, said):
+    with pytest.raises(ModelError, match=said) as caught:
+        models.load(name or written[0], llm=llm or written[1])
+    assert "sparqle-base-en" in caught.value.hint or "smollm2" in caught.value.hint
+
+
+def test_a_hub_name_that_cannot_be_had_is_one_line(written):
+    """Tests run offline; so may users."""
+    with pytest.raises(ModelError) as caught:
+        models.load(written[0], llm="somebody/some-llm")
+    assert "\n" not in str(caught.value)
+    assert "somebody/some-llm" in caught.value.message
+
+
+def test_an_unknown_dtype_is_a_config_error(written):
+    with pytest.raises(ConfigError, match="float64"):
+        models.load(written[0], llm=written[1], dtype="float64")
+
+
+def test_config_survives_json():
+    cfg = ModelConfig(name="x")
+    raw = json.loads(json.dumps(asdict(cfg)))
+    assert models.config_from_json(ModelConfig, raw, artifacts.ASSETS) == cfg

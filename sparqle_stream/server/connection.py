@@ -199,7 +199,7 @@ class Connection:
 
     def close_done(self) -> None:
         """Close after `Done`: everything that was sent is captioned."""
-        if self.is_restarting:
+        if self.is_restarting and self.phase is Phase.OPEN:  # the client had more to say
             self.close(Close.RESTART, "the server restarts")
         else:
             self.close(Close.NORMAL)
@@ -222,7 +222,8 @@ class Connection:
 
         With `waits` a full backlog stops the reading of this socket, else it is a BacklogError.
         """
-        block_s = min(1.0, self.hub.engine.cfg.backlog_s / 2)  # always less than there can be room
+        # Two chunks fit into a backlog and less than one of them waits to become whole: this fits.
+        block_s = min(1.0, self.hub.engine.cfg.backlog_s / 4)
         n_block = max(1, int(self._fmt.rate_hz * block_s)) * self._fmt.row_bytes
         for start in range(0, len(data), n_block):
             self._audio, pcm = audio.step(self._fmt, self._audio, data[start : start + n_block])
@@ -310,7 +311,9 @@ class Connection:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, Exception) and not isinstance(outcome, WebSocketDisconnect):
+                    logger.error("a connection's task failed", exc_info=outcome)
 
     def _idle_left_s(self) -> float | None:
         """Seconds that the client may stay silent; None while it is not expected to send."""

@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from sparqle_stream.errors import BusyError
-from sparqle_stream.server.settings import UnknownModelError
+from sparqle_stream.server.settings import Close, UnknownModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 POLL_S = 0.05
 FLUSH_S = 5.0  # for the last words of streams that a drain ends
+CLOSE_S = 1.0  # for the close frame of those that had none
 
 
 class Hub:
@@ -78,9 +79,14 @@ class Hub:
             connection.restart()
         await self._wait_empty(FLUSH_S, is_hurried)
         for connection in list(self.connections):
+            connection.close(Close.RESTART, "the server stops")
+        await self._wait_empty(CLOSE_S)
+        for connection in list(self.connections):
             connection.cut("the server stops")
 
-    async def _wait_empty(self, seconds: float, is_hurried: Callable[[], bool]) -> None:
+    async def _wait_empty(
+        self, seconds: float, is_hurried: Callable[[], bool] = lambda: False
+    ) -> None:
         for _ in range(int(seconds / POLL_S)):
             if not self.connections or is_hurried():
                 return

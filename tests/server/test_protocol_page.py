@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparqle_stream import messages
+from sparqle_stream.config import EngineConfig
 from sparqle_stream.server import openai_realtime, openai_session, request, settings, stream
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
@@ -70,6 +71,8 @@ def test_defaults_and_limits():
         f"| {cfg.frame_bytes >> 20} MiB |",
         f"| {cfg.append_bytes >> 20} MiB |",
         f"| {cfg.send_s:g} s |",
+        f"`--slots` ({EngineConfig().n_slots})",
+        f"| audio waiting to be captioned | {EngineConfig().backlog_s:g} s |",
     ):
         assert text in LIMITS, text
     assert f"ws://127.0.0.1:{cfg.port}/" in OWN

@@ -169,6 +169,13 @@ class StreamSampler:
         clean = _fit(np.concatenate(parts), limit)
         return Stream(clean, self.augment.distort(clean), said)
 
+    def texts(self, n_words: int) -> list[str]:
+        """Transcripts without their audio, `n_words` or a little more together."""
+        out: list[str] = []
+        while sum(len(text.split()) for text in out) < n_words:
+            out.append(self._next_clip()[1].text)
+        return out
+
     def batches(self, n_streams: int) -> Iterator[list[Stream]]:
         while True:
             yield [self.stream() for _ in range(n_streams)]

@@ -16,7 +16,7 @@ import time
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from sparqle_stream.config import (
     FeatureConfig,
     QFormerConfig,
 )
-from sparqle_stream.ctc import CtcHead, CtcPieces
+from sparqle_stream.ctc import BLANK, CtcHead, CtcPieces
 from sparqle_stream.encoder import SILENT_MEL, Encoder
 from sparqle_stream.models import load_llm
 from sparqle_stream.qformer import QFormer
@@ -44,6 +44,7 @@ from training.align import AlignedWord, align_words
 from training.corpus import Pack
 from training.data import AugmentConfig, Stream, spec_augment, stack
 from training.lora import adapter_weights, attach
+from training.simulate import simulate
 from training.text import written
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class JointConfig:
     p_empty: float = 0.06  # rows of noise without words
     corrupt_tokens: float = 0.06  # fed-back tokens replaced at random
     blur: float = 0.12  # CTC frames whose posteriors are mixed with another frame's
+    text_steps: int = 200  # first steps on text alone: reading pieces, before hearing them
+    p_text: float = 0.1  # later steps on text alone
+    text_rows: int = 8
     stop_weight: float = 1.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -179,15 +183,26 @@ class Bridge(torch.nn.Module):
         out |= {f"stop.{k}": v for k, v in self.stop.state_dict().items()}
         return out | adapter_weights(self.adapters)
 
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """Parameters with their peak rates. Adam moves every entry by about its rate: tables that
+        begin as LLM embeddings (entries near 0.1) or as identities would be lost at LoRA's."""
+        posterior = self.qformer.posterior
+        near_text = [posterior.pieces, posterior.maps, self.qformer.delay.weight]
+        known = {id(p) for p in near_text}
+        rest = [p for p in self.qformer.parameters() if id(p) not in known]
+        adapters = [p for a in self.adapters.values() for p in (a.a, a.b)]
+        return [
+            {"params": adapters + list(self.stop.parameters()), "peak": lr},
+            {"params": rest, "peak": 0.4 * lr},
+            {"params": near_text, "peak": 0.08 * lr},
+        ]
+
     def load_trained(self, weights: dict[str, Tensor]) -> None:
         self.qformer.load_state_dict(_part(weights, "qformer"))
         self.stop.load_state_dict(_part(weights, "stop"))
         for name, adapter in self.adapters.items():
             adapter.a.data.copy_(weights[f"lora.{name}.a"])
             adapter.b.data.copy_(weights[f"lora.{name}.b"])
-
-    def groups(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.parameters() if p.requires_grad]
 
 
 def _part(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -201,8 +216,9 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.cfg, self.step = cfg, 0
         self.bridge = Bridge(cfg)
-        params = self.bridge.groups()
-        self.optimizer = torch.optim.AdamW(params, lr=0.0, betas=(0.9, 0.98), weight_decay=1e-3)
+        groups = self.bridge.groups(cfg.lr)
+        self.params = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=1e-3)
         self.average = {k: v.clone() for k, v in self.bridge.trained().items()}
         self.noise = Pack(Path(cfg.noise)) if cfg.noise else None
 
@@ -280,7 +296,8 @@ class Trainer:
         blurred = ((log_probs + noise) / heat).log_softmax(dim=-1)
         return torch.where(hit, blurred, log_probs)
 
-    def train_step(self) -> dict[str, float]:
+    def hear_batch(self) -> tuple[Tensor, list[Row]]:
+        """Queries (B, Q, E) of distorted audio, and the rows that are to be written."""
         cfg, bridge = self.cfg, self.bridge
         streams = [self.draw() for _ in range(cfg.streams)]
         chunk = self.rng.choice(cfg.chunks)
@@ -290,26 +307,64 @@ class Trainer:
             words = self.place_words(stream, log_probs[i])
             if words is None:
                 continue
-            default = self.rng.random() < cfg.p_default_delay
-            delay = 240 if default else 80 * self.rng.randrange(13)
-            n_queries = frames.shape[1] // FRAMES_PER_QUERY
+            delay = self.pick_delay()
             keep.append(i)
             delays.append(delay)
+            n_queries = frames.shape[1] // FRAMES_PER_QUERY
             rows.append(self.make_row(words, n_queries, chunk, delay))
-        if not rows:
-            return {"text": 0.0, "stop": 0.0, "rows": 0}
         with torch.autocast("cpu", torch.bfloat16):
             queries = bridge.qformer.forward_train(
                 frames[keep], self.blur(log_probs[keep]), chunk, torch.tensor(delays)
             )
+        return queries, rows
+
+    def read_batch(self) -> tuple[Tensor, list[Row]]:
+        """The same from text alone: posteriors are simulated, the Q-Former is silent (DESIGN 5.3).
+
+        Text has no long silences, needs no encoder, and its mapping is clean: the LLM learns to
+        follow the pieces in a tenth of the time that audio would take.
+        """
+        bridge, chunk = self.bridge, self.rng.choice(self.cfg.chunks)
+        chunk_queries = chunk // FRAMES_PER_QUERY
+        sketches = [
+            simulate(self.sampler.texts(24), bridge.pieces, self.rng)
+            for _ in range(self.cfg.text_rows)
+        ]
+        longest = max(len(sketch.posterior) for sketch in sketches)
+        n_queries = -(-longest // (FRAMES_PER_CTC * chunk_queries)) * chunk_queries
+        posterior = torch.zeros(len(sketches), n_queries * 2, bridge.pieces.size)
+        posterior[:, :, BLANK] = 1.0
+        rows, delays = [], []
+        for i, sketch in enumerate(sketches):
+            posterior[i, : len(sketch.posterior)] = torch.from_numpy(sketch.posterior)
+            delay = self.pick_delay()
+            delays.append(delay)
+            words = [(self._tokens(word), _end_ms(word)) for word in sketch.words]
+            rows.append(self.make_row(words, n_queries, chunk, delay))
+        silent = torch.zeros(len(sketches), n_queries, bridge.qformer.cfg.width)
+        before = torch.zeros_like(posterior[:, :1])
+        with torch.autocast("cpu", torch.bfloat16):
+            queries = bridge.qformer.embed(silent, posterior, before, torch.tensor(delays))
+        return queries, rows
+
+    def pick_delay(self) -> int:
+        default = self.rng.random() < self.cfg.p_default_delay
+        return 240 if default else QUERY_MS * self.rng.randrange(13)
+
+    def train_step(self) -> dict[str, float]:
+        cfg = self.cfg
+        is_text = self.step < cfg.text_steps or self.rng.random() < cfg.p_text
+        queries, rows = self.read_batch() if is_text else self.hear_batch()
+        if not rows:
+            return {"text": 0.0, "stop": 0.0, "rows": 0}
         text, stop, right = self.losses(queries.bfloat16(), rows)
         loss = text + cfg.stop_weight * stop
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(bridge.groups(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in self.params if p.grad is not None], 1.0)
         up = min(1.0, (self.step + 1) / cfg.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr * up * max(0.03, 1 - self.step / cfg.steps)
+            group["lr"] = group["peak"] * up * max(0.03, 1 - self.step / cfg.steps)
         self.optimizer.step()
         self.step += 1
         self._follow()
@@ -319,6 +374,7 @@ class Trainer:
             "right": right,
             "norm": float(norm),
             "rows": len(rows),
+            "is_text": is_text,
         }
 
     def losses(self, queries: Tensor, rows: list[Row]) -> tuple[Tensor, Tensor, float]:

@@ -6,13 +6,14 @@ Contract: everything that can be wrong with a destination is said before any aud
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparqle_stream import formats
-from sparqle_stream.errors import ConfigError
+from sparqle_stream.errors import AudioFormatError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,7 +61,10 @@ class Outputs:
 
     @contextlib.contextmanager
     def open(self, name: str, *, is_live: bool = False) -> Iterator[formats.Writer]:
-        """A writer for one source; it is finished when the block is left, also by an error."""
+        """A writer for one source; it is finished when the block is left, also by an error.
+
+        Only a source without any sound (AudioFormatError) has nothing to finish.
+        """
         path = self._target(name)
         with contextlib.ExitStack() as opened:
             if path is None:
@@ -75,8 +79,14 @@ class Outputs:
                 out.write(f"{gap}==> {name} <==\n")
             self._n_opened += 1
             writer = formats.open_writer(self.kind, out, name, is_live=is_live)
-            opened.callback(writer.finish)
-            yield writer
+            try:
+                yield writer
+            except AudioFormatError:
+                raise
+            except BaseException:
+                writer.finish()
+                raise
+            writer.finish()
 
     def _target(self, name: str) -> Path | None:
         if self._path is None or not self._is_folder:
@@ -100,6 +110,9 @@ class Outputs:
             ) from err
         if not folder.is_dir():
             raise ConfigError(f"there is no folder {folder}", hint="make it, or change --output")
+        place = self._path if self._path.exists() else folder
+        if not os.access(place, os.W_OK):
+            raise ConfigError(f"cannot write {self._path}: no permission", hint="change --output")
 
 
 def _create(path: Path) -> TextIO:

@@ -249,6 +249,25 @@ def test_a_destination_that_cannot_be_is_told_before_any_work(names, kind, outpu
 # --- whole runs --------------------------------------------------------------------------------
 
 
+def test_a_place_without_permission_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match="no permission"):
+        Outputs(["a.wav"], "txt", str(tmp_path / "a.txt"))
+
+
+def test_a_source_without_sound_leaves_no_object_and_a_broken_one_does(tmp_path):
+    """'file has no words' and 'file could not be read' must differ for who reads the JSON."""
+    for err, n_lines in ((AudioFormatError("no sound", ""), 0), (DeviceError("gone", ""), 1)):
+        path = tmp_path / f"{n_lines}.jsonl"
+        with (
+            Outputs(["a.wav"], "jsonl", str(path)) as outputs,
+            pytest.raises(type(err)),
+            outputs.open("a.wav"),
+        ):
+            raise err
+        assert len(path.read_text().splitlines()) == n_lines
+
+
 def test_one_bad_file_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
     failed = []
     good = tmp_path / "good.wav"

@@ -54,7 +54,8 @@ class Block(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
+        b, t, width = x.shape
+        return x.reshape(b, t, self.n_heads, width // self.n_heads).transpose(1, 2)
 
 
 class Encoder(nn.Module):

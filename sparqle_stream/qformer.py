@@ -57,7 +57,8 @@ class TimedAttention(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
+        b, t, width = x.shape
+        return x.reshape(b, t, self.n_heads, width // self.n_heads).transpose(1, 2)
 
 
 class QFormerLayer(nn.Module):
@@ -95,7 +96,7 @@ class PosteriorEmbedding(nn.Module):
         rise = (posterior - torch.cat([before, posterior[:, :-1]], dim=1)).clamp(min=0.0)
         b, t, _ = rise.shape
         heard = rise.to(self.pieces.dtype) @ self.pieces
-        heard = heard.view(b, t // CTC_PER_QUERY, CTC_PER_QUERY, -1)
+        heard = heard.view(b, t // CTC_PER_QUERY, CTC_PER_QUERY, heard.shape[2])
         return torch.einsum("bqce,cef->bqf", heard, self.maps)
 
 

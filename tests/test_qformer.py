@@ -147,6 +147,14 @@ def test_any_mix_of_chunks_equals_the_definition(chunks):
 
 
 @KINDS
+def test_no_rows_are_no_queries(cfg):
+    """A batch whose rows were all left out of training is empty, not an error."""
+    qformer, (frames, log_probs) = make_qformer(cfg), heard(16, batch=0)
+    out = qformer.forward_train(frames, log_probs, 8, torch.zeros(0, dtype=torch.int64))
+    assert out.shape == (0, 4, cfg.llm_width)
+
+
+@KINDS
 def test_a_chunk_knows_nothing_of_the_next(cfg):
     qformer, (frames, log_probs) = make_qformer(cfg), heard(24)
     other_frames, other_log_probs = heard(24, seed=5)

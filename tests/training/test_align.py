@@ -63,6 +63,18 @@ def test_viterbi_equals_brute_force(n_frames, pieces, seed):
         assert ends.tolist() == ends_of(path)
 
 
+def test_a_long_text_is_traced_back_to_its_beginning():
+    """More states than a byte can count: once the trace back overflowed past 63 pieces."""
+    rng = np.random.default_rng(0)
+    pieces = rng.integers(1, 9, 300).tolist()
+    path = [piece for target in pieces for piece in (BLANK, target, target)]
+    log_probs = np.full((len(path), 9), -5.0, np.float32)
+    log_probs[range(len(path)), path] = -0.1
+    ends, score = viterbi(log_probs, pieces)
+    assert ends.tolist() == list(range(2, 900, 3))
+    assert score == pytest.approx(-0.1, abs=1e-5)
+
+
 def test_a_text_that_does_not_fit_has_no_score():
     log_probs = random_posteriors(3, 3, 0)
     assert viterbi(log_probs, [1, 2, 1, 2])[1] == -np.inf

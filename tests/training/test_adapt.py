@@ -1,0 +1,187 @@
+"""adapt.py: losses by hand, the head before the body, resuming where it stopped."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparqle_stream.config import CtcConfig, EncoderConfig
+from sparqle_stream.ctc import CtcHead
+from sparqle_stream.encoder import Encoder
+from training import adapt
+from training.adapt import AdaptConfig, Source, Trainer, ctc_loss, distil_loss, make_sampler
+from training.corpus import PackWriter
+from training.data import AugmentConfig
+from training.text import train_pieces
+
+CONFIGS = Path(adapt.__file__).parent / "configs"
+TEXTS = ["the cat sat", "on the mat", "and there it was", "so it is told"]
+TINY = EncoderConfig(width=16, n_heads=2, n_layers=1, left_frames=32)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    return train_pieces(TEXTS, 40, tmp_path_factory.mktemp("pieces") / "pieces.json")
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pack"), np.random.default_rng(0)
+    writer = PackWriter(folder)
+    for i, text in enumerate([*TEXTS, "in 1984"]):
+        pcm = rng.integers(-3000, 3000, 9_600, dtype=np.int16)
+        writer.add(pcm, id=str(i), text=text, speaker="s", corpus="c", licence="l")
+    writer.close()
+    return folder
+
+
+def config(pack, **changes):
+    cfg = AdaptConfig(
+        init="",
+        pieces="",
+        sources=(Source(str(pack)),),
+        steps=8,
+        head_steps=2,
+        streams=2,
+        stream_s=1.28,
+        warmup=1,
+        lr_encoder=1e-3,
+        augment=AugmentConfig(speed=0.0, room=0.0, telephone=0.0),
+    )
+    return replace(cfg, **changes)
+
+
+def make_trainer(cfg, pieces):
+    torch.manual_seed(0)
+    encoder, teacher, head = Encoder(TINY), Encoder(TINY), CtcHead(CtcConfig(16, 8, pieces.size))
+    teacher.load_state_dict(encoder.state_dict())
+    groups = [
+        {"params": list(head.parameters()), "peak": cfg.lr_head},
+        {"params": list(encoder.parameters()), "peak": cfg.lr_encoder},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    trainer = Trainer(cfg, encoder, teacher.eval().bfloat16(), head, pieces, optimizer, {})
+    trainer.average = {k: v.clone() for k, v in trainer.weights().items()}
+    return trainer
+
+
+def moved(before, after, part):
+    names = [name for name in before if name.startswith(part)]
+    assert names
+    return any(not torch.equal(before[name], after[name]) for name in names)
+
+
+def copy_of(weights):
+    return {name: value.clone() for name, value in weights.items()}
+
+
+def test_ctc_loss_sums_over_all_paths(pieces):
+    """Against every path written out; per piece of the batch; an empty row is all blank."""
+    n_frames, text = 4, "z"  # a letter that no text has: the mark of a word, then the letter
+    a, b = pieces.encode(text)
+    log_probs = torch.randn(2, n_frames, pieces.size, generator=torch.Generator().manual_seed(0))
+    log_probs = log_probs.log_softmax(dim=-1)
+    total = 0.0
+    for path in itertools.product([0, a, b], repeat=n_frames):
+        if [p for p, _ in itertools.groupby(path) if p] == [a, b]:
+            total += log_probs[0, range(n_frames), path].sum().exp().item()
+    blank = log_probs[1, :, 0].sum().item()
+    loss = ctc_loss(log_probs, [text, ""], pieces)
+    assert loss.item() == pytest.approx((-np.log(total) - blank) / 2, rel=1e-5)
+
+
+def test_ctc_loss_of_no_row_is_nothing(pieces):
+    log_probs = torch.zeros(0, 5, pieces.size, requires_grad=True)
+    loss = ctc_loss(log_probs, [], pieces)
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_distil_loss_is_relative():
+    """Nothing when equal; the same for frames of any scale; rises with the error."""
+    gen = torch.Generator().manual_seed(0)
+    teacher, error = torch.randn(2, 2, 50, 16, generator=gen)
+    assert distil_loss(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
+    small, large = (
+        distil_loss(teacher + 0.1 * error, teacher),
+        distil_loss(teacher + error, teacher),
+    )
+    assert 0.005 < small < 0.1 < 0.8 < large
+    scaled = distil_loss(7 * (teacher + error), 7 * teacher)
+    assert scaled.item() == pytest.approx(large.item(), rel=1e-4)
+
+
+def test_the_head_learns_before_the_body(pack, pieces):
+    cfg = config(pack)
+    trainer, rng = make_trainer(cfg, pieces), random.Random(0)
+    sampler = make_sampler(cfg.sources, "", cfg.augment, cfg.stream_s, 0)
+    for step in range(4):
+        before = copy_of(trainer.weights())
+        row = trainer.train_step(sampler, rng)
+        after = trainer.weights()
+        assert np.isfinite(list(row.values())).all()
+        assert moved(before, after, "ctc.")
+        assert moved(before, after, "encoder.") == (step >= 3)  # its warm-up begins at zero
+        assert (row["distil"] > 0) == (step >= cfg.head_steps)
+    torch.manual_seed(0)
+    teacher = Encoder(TINY).bfloat16()
+    for ours, first in zip(trainer.teacher.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(ours, first)
+
+
+def test_what_nobody_transcribed_is_not_taught_as_silence(pack, pieces):
+    cfg = config(pack, sources=(Source(str(pack), transcribed=False),), head_steps=0)
+    trainer = make_trainer(cfg, pieces)
+    sampler = make_sampler(cfg.sources, "", cfg.augment, cfg.stream_s, 0)
+    row = trainer.train_step(sampler, random.Random(0))
+    assert row["ctc"] == 0.0
+    assert row["distil"] > 0.0
+    assert len(sampler.sources[0][1]) == 5
+
+
+def test_only_spelled_out_clips_are_drawn(pack):
+    sampler = make_sampler((Source(str(pack)),), "", AugmentConfig(), 1.28, 0)
+    assert [clip.text for clip in sampler.sources[0][1]] == TEXTS
+
+
+def test_a_run_goes_on_where_it_was_saved(pack, pieces, tmp_path):
+    """Weights, moving average, optimizer and step: the next step is the one that was due."""
+    cfg = config(pack)
+
+    def steps(trainer, n):
+        for _ in range(n):
+            sampler = make_sampler(cfg.sources, "", cfg.augment, cfg.stream_s, trainer.step)
+            trainer.train_step(sampler, random.Random(trainer.step))
+
+    first = make_trainer(cfg, pieces)
+    steps(first, 4)
+    first.save(tmp_path)
+    steps(first, 1)
+    again = make_trainer(cfg, pieces)
+    again.resume(tmp_path)
+    assert again.step == 4
+    steps(again, 1)
+    for ours, theirs in ((first.weights(), again.weights()), (first.average, again.average)):
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-7, rtol=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ear.safetensors", "last.pt"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("adapt*.toml")), ids=lambda p: p.name)
+def test_shipped_configs_can_be_read(path):
+    cfg = adapt.load_config(path)
+    assert cfg.sources
+    assert all(n >= 16 or n in (0, 4, 8) for n in cfg.chunks)
+
+
+def test_a_misspelt_option_is_an_error(tmp_path):
+    text = (CONFIGS / "adapt.toml").read_text().replace("lr_head", "lr_haed")
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(TypeError, match="lr_haed"):
+        adapt.load_config(tmp_path / "a.toml")

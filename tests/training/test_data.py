@@ -1,0 +1,210 @@
+"""data.py: streams of clips, distortions within their limits, the same again from the same seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sparqle_stream.errors import ConfigError
+from training import data
+from training.corpus import Pack, PackWriter
+from training.data import AugmentConfig, Augmenter, Stream, StreamSampler, Utterance
+
+RATE_HZ = 16_000
+CLEAN = AugmentConfig(speed=0, noise=0, telephone=0, room=0, gain_low_db=0, gain_high_db=0)
+SECONDS = [0.5, 0.8, 1.1, 1.7, 2.2]
+
+
+def write_pack(folder, lengths, seed=0, text="clip"):
+    rng = np.random.default_rng(seed)
+    writer = PackWriter(folder)
+    for i, n in enumerate(lengths):
+        pcm = rng.integers(-8000, 8000, n, dtype=np.int16)
+        pcm[[0, -1]] = 8000  # its borders can be found again
+        facts = {"speaker": "s", "corpus": "c", "licence": "l"}
+        writer.add(pcm, id=f"{folder.name}-{i}", text=f"{text} {i}", **facts)
+    writer.close()
+    return Pack(folder)
+
+
+@pytest.fixture
+def pack(tmp_path):
+    return write_pack(tmp_path / "speech", [round(s * RATE_HZ) for s in SECONDS])
+
+
+@pytest.fixture
+def noise(tmp_path):
+    return write_pack(tmp_path / "noise", [2 * RATE_HZ, 50 * RATE_HZ], seed=1)
+
+
+def sampler(pack, seed=0, seconds=6.0, cfg=CLEAN, noise=None):
+    augment = Augmenter(cfg, noise, random.Random(seed))
+    return StreamSampler([(pack, pack.clips, 1.0)], augment, seconds)
+
+
+def test_streams_hold_whole_clips_and_know_where_they_lie(pack):
+    by_id = {clip.id: clip for clip in pack.clips}
+    made = sampler(pack)
+    for _ in range(20):
+        stream = made.stream()
+        assert len(stream.clean) == len(stream.noisy) == 6 * RATE_HZ
+        assert stream.utterances
+        silent, end = np.ones(len(stream.clean), bool), 0
+        for said in stream.utterances:
+            assert said.start >= end + (800 if end == 0 else 160)  # 50 ms before, 10 ms between
+            np.testing.assert_array_equal(
+                stream.clean[said.start : said.end], pack.pcm(by_id[said.clip_id])
+            )
+            assert said.text == by_id[said.clip_id].text
+            silent[said.start : said.end] = False
+            end = said.end
+        assert end <= len(stream.clean)
+        assert not stream.clean[silent].any()
+
+
+def test_every_clip_is_heard_once_a_pass(pack):
+    """A clip that no longer fits ends the stream and is gone for this pass."""
+    made = sampler(pack)
+    for _ in range(4):
+        drawn = {made._next_clip()[1].id for _ in pack.clips}
+        assert drawn == {clip.id for clip in pack.clips}
+
+
+def test_weights_choose_the_source(pack, noise):
+    augment = Augmenter(CLEAN, None, random.Random(0))
+    made = StreamSampler([(pack, pack.clips, 3.0), (noise, noise.clips, 1.0)], augment, 60.0)
+    from_pack = sum(made._next_clip()[0] is pack for _ in range(2000))
+    assert from_pack / 2000 == pytest.approx(0.75, abs=0.05)  # five standard deviations
+
+
+def test_the_same_seed_gives_the_same_batches(pack, noise):
+    cfg = AugmentConfig(speed=1.0, noise=1.0, telephone=1.0, room=1.0)
+    first, again, other = (
+        next(sampler(pack, seed, cfg=cfg, noise=noise).batches(2)) for seed in (5, 5, 6)
+    )
+    for a, b, c in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(a.noisy, b.noisy)
+        assert a.utterances == b.utterances
+        assert not np.array_equal(a.noisy, c.noisy)
+
+
+def test_a_source_without_a_clip_that_fits_is_refused(pack):
+    """Drawing for ever from clips that are all too long would hang the run without a word."""
+    with pytest.raises(ConfigError, match=r"no clip of .*speech fits into a stream of 0.4 s"):
+        sampler(pack, seconds=0.4)
+
+
+def test_a_stream_is_transcribed_when_all_of_it_is():
+    pcm = np.zeros(1, np.float32)
+    known, unknown = Utterance(0, 1, "so", "a"), Utterance(0, 1, "", "b")
+    assert Stream(pcm, pcm, [known, known]).is_transcribed
+    assert Stream(pcm, pcm, []).is_transcribed  # noise: nothing is said
+    assert not Stream(pcm, pcm, [known, unknown]).is_transcribed
+
+
+# --- distortions ---------------------------------------------------------------------------------
+
+
+def tone(seconds=2.0, hz=440.0, level=0.1):
+    t = np.arange(round(seconds * RATE_HZ)) / RATE_HZ
+    return (level * np.sin(2 * np.pi * hz * t)).astype(np.float32)
+
+
+def distort(cfg, pcm, seed=0, noise=None):
+    return Augmenter(cfg, noise, random.Random(seed)).distort(pcm)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_everything_at_once_stays_in_range(noise, seed):
+    cfg = AugmentConfig(noise=1.0, telephone=1.0, room=1.0, gain_low_db=20, gain_high_db=40)
+    out = distort(cfg, tone(), seed, noise)
+    assert out.dtype == np.float32
+    assert len(out) == 2 * RATE_HZ
+    assert np.isfinite(out).all()
+    assert np.abs(out).max() <= 1.0
+
+
+def test_gains_lie_where_they_should():
+    """Half of the streams anywhere in the range, the other half near full level."""
+    cfg = replace(CLEAN, gain_low_db=-26.0, gain_high_db=8.0)
+    pcm = tone(0.1)
+    gains = [
+        20 * np.log10(np.abs(distort(cfg, pcm, seed)).max() / np.abs(pcm).max())
+        for seed in range(400)
+    ]
+    assert -26.0 <= min(gains) < -24.0
+    assert 7.5 < max(gains) <= 8.0 + 1e-4
+    assert np.mean(np.array(gains) > -6.0) == pytest.approx(0.5 + 0.5 * 14 / 34, abs=0.1)
+
+
+@pytest.mark.parametrize("snr_db", [3.0, 20.0])
+def test_noise_has_the_level_that_was_drawn(noise, snr_db):
+    cfg = replace(CLEAN, noise=1.0, snr_low_db=snr_db, snr_high_db=snr_db)
+    pcm = tone(3.0)
+    out = distort(cfg, pcm, 3, noise)
+    kept = (out @ pcm) / (pcm @ pcm) * pcm  # at the gain that was drawn
+    snr = 10 * np.log10(np.sum(kept**2) / np.sum((out - kept) ** 2))
+    assert snr == pytest.approx(snr_db, abs=0.2)
+
+
+def test_silence_takes_noise_without_dividing_by_zero(noise):
+    out = distort(replace(CLEAN, noise=1.0), np.zeros(RATE_HZ, np.float32), 0, noise)
+    assert np.isfinite(out).all()
+
+
+def test_the_telephone_ends_at_4_khz():
+    low, high = (distort(replace(CLEAN, telephone=1.0), tone(hz=hz)) for hz in (1000, 6000))
+    middle = slice(RATE_HZ // 4, -RATE_HZ // 4)
+    assert np.std(low[middle]) == pytest.approx(np.std(tone()), rel=0.02)
+    assert np.std(high[middle]) < 0.01 * np.std(tone())
+
+
+def test_a_room_is_causal_and_keeps_the_direct_sound():
+    pcm = np.zeros(RATE_HZ, np.float32)
+    pcm[4000] = 0.5
+    out = distort(replace(CLEAN, room=1.0), pcm)
+    assert np.abs(out[:4000]).max() < 1e-6
+    assert out[4000] == pytest.approx(0.5, abs=0.1)
+    tail = np.sum(out[4001:] ** 2) / 0.25
+    assert 0.005 < tail < 0.3
+
+
+def test_speed_changes_length_and_pitch_together():
+    augment = Augmenter(replace(CLEAN, speed=1.0), None, random.Random(2))
+    pcm = tone(2.0, hz=1000.0)
+    out = augment.speed(pcm)
+    ratio = len(out) / len(pcm)
+    assert 1 / 1.15 < ratio < 1 / 0.87
+    assert abs(ratio - 1) > 0.01
+    peak_hz = np.abs(np.fft.rfft(out)).argmax() * RATE_HZ / len(out)
+    assert peak_hz == pytest.approx(1000.0 / ratio, rel=0.01)
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def test_rows_are_padded_to_whole_chunks_of_any_size():
+    """1280 ms is a multiple of every chunk that training draws."""
+    streams = [Stream(np.ones(n, np.float32), np.zeros(n, np.float32), []) for n in (5, 20_481)]
+    rows = data.stack(streams, "clean")
+    assert rows.shape == (2, 2 * 20_480)
+    assert rows.sum(dim=1).tolist() == [5, 20_481]
+    assert not data.stack(streams, "noisy").any()
+
+
+def test_spec_augment_blanks_bands_and_spans_only():
+    mel = torch.rand(6, 400, 80) + 1.0
+    out = data.spec_augment(mel, random.Random(0), fill=-0.5)
+    assert (mel >= 1.0).all()  # the input is left alone
+    blank = out == -0.5
+    assert torch.equal(out[~blank], mel[~blank])
+    for row in blank:
+        spans, bands = row.all(dim=1), row.all(dim=0)
+        assert torch.equal(row, spans[:, None] | bands[None])
+        assert spans.sum() <= 4 * 30
+        assert bands.sum() <= 2 * 16
+    assert len({int(row.sum()) for row in blank}) > 3  # every row has its own

@@ -1,0 +1,341 @@
+"""joint.py: the rows that the LLM is taught are the rows that it will be served."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparqle_stream import llm as llm_stage
+from sparqle_stream.config import QUERY_MS, LlmConfig
+from sparqle_stream.llm import Llm
+from training import joint
+from training.data import Stream, Utterance
+from training.joint import JointConfig, Trainer, interleave
+
+CONFIGS = Path(joint.__file__).parent / "configs"
+PREFIX = [1, 7, 9]
+
+
+def spoken_words(ends):
+    """Words with one, two or three tokens of their own, ending at `ends` (ms)."""
+    return [([100 + 10 * i + j for j in range(1 + i % 3)], end) for i, end in enumerate(ends)]
+
+
+segments = st.fixed_dictionaries(
+    {
+        "ends": st.lists(st.integers(0, 6000), max_size=15).map(sorted),
+        "n_queries": st.integers(1, 40),
+        "chunk_queries": st.sampled_from([1, 2, 4, 8, 16]),
+        "delay_ms": st.sampled_from([0, 40, 80, 240, 500, 960]),
+    }
+)
+
+
+def chunks_of(row, chunk_queries, n_queries, first_query=0):
+    """The row after its prefix, chunk by chunk -> [(queries, tokens)]."""
+    items, at, chunks = row.items[len(PREFIX) :], 0, []
+    query = first_query
+    while query < n_queries:
+        size = min(chunk_queries, n_queries - query)
+        assert items[at : at + size] == [("q", i) for i in range(query, query + size)]
+        at, query = at + size, query + size
+        tokens = []
+        while at < len(items) and items[at][0] == "t":
+            tokens.append(items[at][1])
+            at += 1
+        chunks.append(tokens)
+    assert at == len(items)
+    return chunks
+
+
+@settings(max_examples=200)
+@given(segment=segments)
+def test_a_word_lands_in_the_first_chunk_that_may_have_it(segment):
+    """The first whose end is `delay_ms` or more after the word's; later words are not taught."""
+    words = spoken_words(segment["ends"])
+    n_queries, chunk_queries = segment["n_queries"], segment["chunk_queries"]
+    row = interleave(words, n_queries, chunk_queries, segment["delay_ms"], PREFIX)
+    assert row.items[: len(PREFIX)] == [("t", i) for i in PREFIX]
+    chunks = chunks_of(row, chunk_queries, n_queries)
+    ends_ms = [min((i + 1) * chunk_queries, n_queries) * QUERY_MS for i in range(len(chunks))]
+    expected = [[] for _ in chunks]
+    for tokens, end in words:
+        may = [i for i, chunk_end in enumerate(ends_ms) if chunk_end - end >= segment["delay_ms"]]
+        if may:
+            expected[may[0]] += tokens
+    assert chunks == expected
+
+
+@settings(max_examples=200)
+@given(segment=segments)
+def test_targets_stand_where_they_are_decided(segment):
+    """A decision before every token and one that ends every chunk; the token follows at once."""
+    words = spoken_words(segment["ends"])
+    n_queries, chunk_queries = segment["n_queries"], segment["chunk_queries"]
+    row = interleave(words, n_queries, chunk_queries, segment["delay_ms"], PREFIX)
+    assert [row.items[at + 1] for at in row.text_at] == [("t", i) for i in row.text_ids]
+    assert [at for at, stop in zip(row.stop_at, row.stop, strict=True) if not stop] == row.text_at
+    is_end = [
+        at >= len(PREFIX) and (at + 1 == len(row.items) or row.items[at + 1][0] == "q")
+        for at in range(len(row.items))
+    ]
+    stops = [at for at, stop in zip(row.stop_at, row.stop, strict=True) if stop]
+    assert len(stops) == -(-n_queries // chunk_queries)
+    # Inside a chunk no text stands between queries, so a chunk ends where its last query or
+    # its last token does.
+    assert stops == sorted(stops)
+    assert all(is_end[at] for at in stops)
+    assert row.stop_at == sorted(set(row.stop_at))
+
+
+@settings(max_examples=100)
+@given(segment=segments, first=st.integers(1, 5), n_again=st.integers(0, 13))
+def test_a_row_after_a_seam_is_the_end_of_the_whole_one(segment, first, n_again):
+    """Its queries begin `n_again` before the seam, without text; from there on both are equal."""
+    words, chunk_queries = spoken_words(segment["ends"]), segment["chunk_queries"]
+    n_queries = (first + 2) * chunk_queries
+    args = words, n_queries, chunk_queries, segment["delay_ms"], PREFIX
+    whole, row = interleave(*args), interleave(*args, first, n_again)
+    seam = first * chunk_queries
+    again = [("q", i) for i in range(max(0, seam - n_again), seam)]
+    n_before = len(PREFIX) + len(again)
+    assert row.items[len(PREFIX) : n_before] == again
+    rest = whole.items[whole.items.index(("q", seam)) :]
+    assert row.items[n_before:] == rest
+    shift = len(whole.items) - len(row.items)
+    begin = len(whole.items) - len(rest)
+    kept = [i for i, at in enumerate(whole.stop_at) if at >= begin]
+    assert row.stop_at == [whole.stop_at[i] - shift for i in kept]
+    assert row.stop == [whole.stop[i] for i in kept]
+    assert row.text_at == [at - shift for at in whole.text_at if at >= begin]
+
+
+# --- against the serving loop --------------------------------------------------------------------
+
+LLM = LlmConfig(
+    width=32, n_layers=2, n_heads=4, n_kv_heads=2, head_width=8, ffn=64, vocab=300, n_slot=256
+)
+CHUNK_QUERIES, MOST = 2, 12
+
+
+@pytest.fixture
+def llm():
+    torch.manual_seed(4)
+    llm = Llm(LLM).requires_grad_(False)
+    for parameter in llm.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=1.3 * parameter.shape[1] ** -0.5)
+    llm.tokens.weight.normal_()
+    llm.stop.weight.mul_(10.0)
+    llm.stop.bias.zero_()
+    return llm
+
+
+def serve(llm, queries, prefix, first, n_again):
+    """What the engine does with one segment: prefix, queries again, then chunks that write."""
+    active = torch.tensor([True])
+    state = llm_stage.init_state(LLM, 1)
+    state = llm_stage.prefill(llm, state, [prefix])
+    seam = first * CHUNK_QUERIES
+    state = llm_stage.append(llm, state, queries[None, seam - n_again : seam], active)
+    chunks = []
+    for at in range(seam, len(queries), CHUNK_QUERIES):
+        state, tokens = llm_stage.step(
+            llm, state, queries[None, at : at + CHUNK_QUERIES], active, torch.tensor([MOST])
+        )
+        assert len(tokens[0]) < MOST, "the cap ended this chunk, not the stop head"
+        chunks.append(tokens[0])
+    return chunks, state
+
+
+def make_trainer(llm, **options):
+    """A trainer without its files: what makes rows and losses needs the LLM only."""
+    trainer = object.__new__(Trainer)
+    trainer.cfg = JointConfig("", "", "", (), **options)
+    trainer.rng = random.Random(0)
+    tokenizer = SimpleNamespace(bos_id=1, encode=lambda text: [10 + ord(c) % 50 for c in text])
+    trainer.bridge = SimpleNamespace(llm=llm, stop=llm.stop if llm else None, tokenizer=tokenizer)
+    return trainer
+
+
+def test_the_served_text_is_what_the_row_would_teach(llm):
+    """Text that the engine's loop wrote by itself, taught back: no decision would be different.
+
+    Three segments of unequal length, one of them after a seam with queries heard again.
+    """
+    gen = torch.Generator().manual_seed(0)
+    queries = 2.0 * torch.randn(3, 24, LLM.width, generator=gen)
+    rows, states, n_tokens = [], [], 0
+    for i, (n_queries, first, n_again) in enumerate([(24, 0, 0), (16, 0, 0), (24, 4, 3)]):
+        prefix = [1, *range(20, 20 + i)]
+        chunks, state = serve(llm, queries[i, :n_queries], prefix, first, n_again)
+        # A word for each chunk that wrote, ending 240 ms before it does.
+        ends = [(first + c + 1) * CHUNK_QUERIES * QUERY_MS - 240 for c in range(len(chunks))]
+        words = [(tokens, end) for tokens, end in zip(chunks, ends, strict=True) if tokens]
+        rows.append(interleave(words, n_queries, CHUNK_QUERIES, 240, prefix, first, n_again))
+        states.append(state)
+        n_tokens += sum(map(len, chunks))
+        assert len(rows[-1].items) == state.length.item()
+    assert n_tokens > 10
+    hidden = rows_hidden(llm, queries, rows)
+    for i, (row, state) in enumerate(zip(rows, states, strict=True)):
+        last = hidden[i, len(row.items) - 1]
+        torch.testing.assert_close(last, state.hidden[0], atol=1e-4, rtol=0)
+    llm.stop.weight.mul_(1000.0)  # every decision becomes a certain one, in the same sense
+    text, stop, right = make_trainer(llm, corrupt_tokens=0.0).losses(queries, rows)
+    assert right == 1.0
+    assert stop.item() < 0.05
+    wrong = [
+        joint.Row(r.items, r.text_at, r.text_ids, r.stop_at, [1 - s for s in r.stop]) for r in rows
+    ]
+    assert make_trainer(llm, corrupt_tokens=0.0).losses(queries, wrong)[1].item() > 10.0
+
+
+def rows_hidden(llm, queries, rows):
+    """Rows (B, T) through the training forward, padded on the right."""
+    longest = max(len(row.items) for row in rows)
+    embeds = torch.zeros(len(rows), longest, LLM.width)
+    for i, row in enumerate(rows):
+        for j, (kind, value) in enumerate(row.items):
+            embeds[i, j] = queries[i, value] if kind == "q" else llm.tokens.weight[value]
+    return llm.forward_train(embeds)
+
+
+def test_losses_know_right_from_wrong(llm):
+    """By hand for one row: cross-entropy over its tokens, over its stop decisions, share right."""
+    queries = torch.randn(2, 4, LLM.width, generator=torch.Generator().manual_seed(1))
+    rows = [
+        interleave([([40, 41], 0), ([42], 200)], 4, 2, 0, [1]),
+        interleave([], 4, 2, 0, [1]),  # noise: only stops are taught
+    ]
+    text, stop, right = make_trainer(llm, corrupt_tokens=0.0).losses(queries, rows)
+    hidden = rows_hidden(llm, queries, rows).double()
+    logits = hidden[0, rows[0].text_at] @ llm.tokens.weight.double().T
+    expected = -logits.log_softmax(dim=-1)[range(3), [40, 41, 42]].mean()
+    assert text.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert right == pytest.approx(
+        (logits.argmax(dim=-1) == torch.tensor([40, 41, 42])).double().mean()
+    )
+    p = (
+        torch.cat([hidden[i, row.stop_at] for i, row in enumerate(rows)])
+        @ llm.stop.weight[0].double()
+    )
+    target = torch.tensor([s for row in rows for s in row.stop]).double()
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(p, target)
+    assert stop.item() == pytest.approx(entropy.item(), rel=1e-4)
+
+
+def test_a_batch_of_noise_has_no_text_to_learn(llm):
+    text, stop, right = make_trainer(llm).losses(
+        torch.zeros(1, 4, LLM.width), [interleave([], 4, 2, 0, [1])]
+    )
+    assert (text.item(), right) == (0.0, 0.0)
+    assert stop.isfinite()
+
+
+def test_corruption_changes_what_is_read_not_what_is_taught(llm):
+    queries = torch.zeros(1, 40, LLM.width)
+    row = interleave(spoken_words(range(0, 1800, 100)), 24, 4, 0, PREFIX)
+    clean, noisy = (make_trainer(llm, corrupt_tokens=p) for p in (0.0, 1.0))
+    seen = []
+    embed = llm.embed
+    for trainer in (clean, noisy):
+        trainer.bridge.llm = SimpleNamespace(
+            cfg=LLM,
+            embed=lambda ids: seen.append(ids) or embed(ids),
+            forward_train=llm.forward_train,
+            logits=llm.logits,
+        )
+        trainer.losses(queries, [row])
+    read = [value if kind == "t" else 0 for kind, value in row.items]
+    assert seen[0][0].tolist() == read
+    changed = (seen[1] != seen[0])[0].tolist()
+    assert not any(changed[:4])  # beginning and first tokens of the prefix stay
+    is_text = [kind == "t" for kind, _ in row.items]
+    assert not any(c and not t for c, t in zip(changed, is_text, strict=True))
+    assert sum(changed[4:]) > 0.9 * sum(is_text[4:])
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def seam_of(row, chunk_queries):
+    """First query of a row, number of queries before its first decision."""
+    queries = [(at, i) for at, (kind, i) in enumerate(row.items) if kind == "q"]
+    before = [i for at, i in queries if at <= row.stop_at[0]]
+    return queries[0][1], len(before) - chunk_queries
+
+
+@pytest.mark.parametrize("delay_ms", [0, 240, 960])
+@pytest.mark.parametrize("chunk", [8, 16, 32])
+def test_rows_after_a_seam_teach_only_what_they_heard(chunk, delay_ms):
+    """A row that begins later is primed with what was said and taught the rest.
+
+    Words that ended less than the delay before the seam are still to be written: before the
+    queries that hold them were given again, the LLM was taught to write words out of nothing.
+    """
+    rng = np.random.default_rng(0)
+    trainer = make_trainer(None, p_seam=1.0)
+    n_again_seen = set()
+    for _ in range(200):
+        ends = np.sort(rng.integers(0, 12_000, rng.integers(0, 25))).tolist()
+        words = spoken_words(ends)
+        row = trainer.make_row(words, 160, chunk, delay_ms)
+        first, n_again = seam_of(row, chunk // 4)
+        seam_ms = (first + n_again) * QUERY_MS
+        assert seam_ms % (chunk * 20) == 0
+        assert 0 < seam_ms < 160 * QUERY_MS / 2
+        n_again_seen.add(n_again)
+        assert n_again in (0, min(seam_ms, -(-delay_ms // QUERY_MS) * QUERY_MS) // QUERY_MS)
+        said = [t for t, end in words if end + delay_ms <= seam_ms]
+        rest = [i for t, end in words if end + delay_ms > seam_ms for i in t]
+        n_prefix = [kind for kind, _ in row.items].index("q")
+        bos, *context, newline = [i for _, i in row.items[:n_prefix]]
+        assert (bos, newline) == (1, 10 + ord("\n") % 50)
+        flat = [i for t in said for i in t]
+        assert context == flat[len(flat) - len(context) :]
+        assert bool(context) == bool(said)
+        assert row.text_ids == rest[: len(row.text_ids)]
+        heard_from_ms = first * QUERY_MS
+        late = [end for t, end in words if t[0] in row.text_ids]
+        assert all(end > heard_from_ms for end in late)
+    assert {0, -(-delay_ms // QUERY_MS)} <= n_again_seen
+
+
+def test_rows_without_a_seam_are_whole():
+    trainer = make_trainer(None, p_seam=0.0)
+    words = spoken_words(range(200, 6000, 400))
+    row = trainer.make_row(words, 80, 16, 240)
+    expected = interleave(words, 80, 4, 240, [1, 10 + ord("\n") % 50])
+    assert row == expected
+
+
+def test_words_are_placed_only_where_they_are_known():
+    trainer, pcm = make_trainer(None), np.zeros(1, np.float32)
+    unknown = Stream(pcm, pcm, [Utterance(0, 1, "", "a")])
+    assert trainer.place_words(unknown, torch.zeros(5, 3)) is None
+    assert trainer.place_words(Stream(pcm, pcm, []), torch.zeros(5, 3)) == []
+
+
+def test_blurred_posteriors_are_posteriors():
+    """About the share of frames that was asked for, each still a distribution."""
+    log_probs = torch.randn(4, 200, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    blurred = make_trainer(None, blur=0.25).blur(log_probs)
+    torch.testing.assert_close(blurred.exp().sum(dim=-1), torch.ones(4, 200), atol=1e-5, rtol=0)
+    changed = (blurred != log_probs).any(dim=-1).float().mean().item()
+    assert changed == pytest.approx(0.25, abs=0.06)  # four standard deviations of 800 draws
+    assert torch.equal(make_trainer(None, blur=0.0).blur(log_probs), log_probs)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("joint*.toml")), ids=lambda p: p.name)
+def test_shipped_configs_can_be_read(path):
+    cfg = joint.load_config(path)
+    assert cfg.sources
+    assert all(64 % n == 0 and n % 4 == 0 for n in cfg.chunks)  # rows are whole chunks

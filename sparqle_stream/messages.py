@@ -71,7 +71,7 @@ class Tail:
 
 
 @dataclass(frozen=True, slots=True)
-class Warning:  # noqa: A001 - the wire name; modules say messages.Warning
+class Warning:  # the wire name; modules say messages.Warning
     """Something a user may want to know: `code` is stable, `message` is for people."""
 
     code: str

@@ -20,7 +20,7 @@ def oracle():
     """The engine writes what `testing.say` spelled. Use it with `--vad off`."""
     with (
         mock.patch.object(engine, "Batch", testing.OracleBatch),
-        mock.patch.object(models, "load", lambda *_args, **_kwargs: testing.oracle_model()),
+        mock.patch.object(models, "load", side_effect=lambda *_, **__: testing.oracle_model()),
     ):
         yield
 

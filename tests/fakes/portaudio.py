@@ -67,7 +67,7 @@ class FakeSoundDevice:
             for i, device in enumerate(self.devices)
         ]
 
-    def InputStream(self, **settings) -> FakeStream:  # noqa: N802 - the real one's name
+    def InputStream(self, **settings) -> FakeStream:  # the real name
         device = self.devices[settings["device"]]
         if device.is_busy:
             raise PortAudioError("Error opening InputStream: Device unavailable", UNAVAILABLE)
@@ -101,7 +101,7 @@ class FakeStream:
             threading.Thread(target=self._play, args=(self._owner.clip,), daemon=True).start()
 
     def hear(self, mono: np.ndarray, *, overflow: bool = False) -> None:
-        """mono (S,) at the stream's rate, on all its channels; the buffer is used again, as in C."""
+        """mono (S,) at the stream's rate, on all channels; the buffer is used again, as in C."""
         block = np.repeat(mono.astype(np.float32)[:, None], self.channels, axis=1)
         self._callback(block, len(block), None, SimpleNamespace(input_overflow=overflow))
         block[:] = np.nan

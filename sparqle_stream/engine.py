@@ -13,25 +13,17 @@ included), `speech_stopped` where it ends, all others the stream time that had t
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-import uuid
-from collections import deque
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparqle_stream import messages
 from sparqle_stream.batch import Batch
 from sparqle_stream.config import SAMPLE_RATE_HZ, EngineConfig, StreamOptions
 from sparqle_stream.errors import (
-    AudioFormatError,
     BacklogError,
     BusyError,
     ConfigError,
@@ -40,163 +32,41 @@ from sparqle_stream.errors import (
 )
 from sparqle_stream.metrics import EngineMetrics, Histogram
 from sparqle_stream.session import Session
+from sparqle_stream.stream import TURN_SAMPLES, Floats, Inbox, Mark, Phase, Stream
 
 if TYPE_CHECKING:
-    from sparqle_stream.models import SparqleModel
+    from collections.abc import Callable, Mapping
 
-Floats = npt.NDArray[np.float32]
-OnEvent = Callable[[messages.Event], None]
-TURN_SAMPLES = SAMPLE_RATE_HZ  # of one stream that the worker hears at a time
+    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.pipeline import ChunkResult
+    from sparqle_stream.stream import OnEvent
+
+__all__ = ["Engine", "Phase", "Stream"]
 
 log = logging.getLogger(__name__)
 
 
-class Phase(Enum):
-    OPEN = "open"  # takes audio
-    DRAINING = "draining"  # finish() was called: what was sent is still captioned
-    FAILED = "failed"  # audio was refused; the worker will say so
-    CLOSED = "closed"  # Done, Error or cancelled: the slot is free
+class Slots(Protocol):
+    """What the engine needs of `Batch`; `testing.OracleBatch` has it too."""
 
+    def wipe(self, row: int) -> None: ...
 
-class Mark(Enum):
-    """What travels between packets in a stream's inbox."""
-
-    FLUSH = "flush"
-    FINISH = "finish"
-
-
-Inbox = list[Floats | Mark]
-
-
-class Stream:
-    """One caller's stream; made by `Engine.open`. Its methods may be called from any thread."""
-
-    def __init__(
-        self, engine: Engine, row: int, options: StreamOptions, on_event: OnEvent | None
-    ) -> None:
-        self.id = uuid.uuid4().hex[:12]
-        self.options = options
-        self.row = row
-        self.phase = Phase.OPEN
-        self.n_received = 0
-        self.compute_seconds = 0.0
-        self.session: Session | None = None  # made and used by the worker
-        self.failure: SparqleError | None = None
-        self._engine = engine
-        self._inbox: deque[Floats | Mark] = deque()
-        self.n_inbox = 0  # samples that the detector has not heard
-        self._on_event = on_event
-        self._queue: queue.SimpleQueue[messages.Event | None] = queue.SimpleQueue()
-
-    def feed(self, pcm: Floats) -> None:
-        """Takes PCM (S,) at 16 kHz. Raises BacklogError when too much is waiting, and only once:
-        the stream then ends with an Error event.
-
-        Audio for a stream that the engine has ended is dropped: its last event said why.
-        """
-        self._engine._feed(self, _checked(pcm))
-
-    def flush(self) -> None:
-        """Ends the open segment now, so that its last words come out; the stream goes on."""
-        self._engine._mark(self, Mark.FLUSH)
-
-    def finish(self) -> None:
-        """No more audio: what was sent is captioned, then `Done` frees the slot."""
-        self._engine._mark(self, Mark.FINISH)
-
-    def cancel(self) -> None:
-        """Frees the slot at once. No event follows, not even for audio that was sent."""
-        self._engine._cancel(self)
-
-    def events(self, timeout: float | None = None) -> Iterator[messages.Event]:
-        """Events in order, up to and including Done or Error.
-
-        Ends early when the stream is cancelled or nothing came for `timeout` seconds; calling it
-        again goes on from there. Not for streams that were opened with `on_event`.
-        """
-        if self._on_event is not None:
-            raise ProtocolError("this stream reports to on_event", hint="open it without on_event")
-        while True:
-            try:
-                event = self._queue.get(timeout=timeout)
-            except queue.Empty:
-                return
-            if event is None:
-                self._queue.put(None)  # for the next call
-                return
-            yield event
-
-    def wait_for_room(self, seconds: float, timeout: float | None = None) -> bool:
-        """Blocks until `seconds` of audio fit or the stream has ended; False on timeout."""
-        return self._engine._wait_for_room(self, seconds, timeout)
-
-    @property
-    def backlog_s(self) -> float:
-        """Seconds of audio that were received and are not captioned yet."""
-        n_session = self.session.n_waiting if self.session else 0
-        return (self.n_inbox + n_session) / SAMPLE_RATE_HZ
-
-    @property
-    def room_s(self) -> float:
-        """Seconds of audio that `feed` would take now."""
-        return max(0.0, self._engine.cfg.backlog_s - self.backlog_s)
-
-    # --- the engine's side, under its lock -------------------------------------------------------
-
-    @property
-    def has_work(self) -> bool:
-        session = self.session
-        return session is None or bool(self._inbox or self.failure) or session.has_chunk
-
-    @property
-    def is_idle(self) -> bool:
-        """Everything that was received was captioned or is no speech."""
-        return not self.n_inbox and self.session is not None and not self.session.n_waiting
-
-    @property
-    def is_all_heard(self) -> bool:
-        return self.phase is Phase.DRAINING and not self._inbox
-
-    def put(self, item: Floats | Mark) -> None:
-        if isinstance(item, Mark):
-            self._inbox.append(item)
-            return
-        self._inbox.extend(item[i : i + TURN_SAMPLES] for i in range(0, len(item), TURN_SAMPLES))
-        self.n_inbox += len(item)
-        self.n_received += len(item)
-
-    def take_inbox(self) -> Inbox:
-        """What the worker hears in one round: about a second, so that nobody waits for long."""
-        items: Inbox = []
-        n = 0
-        while self._inbox and n < TURN_SAMPLES:
-            items.append(self._inbox.popleft())
-            n += 0 if isinstance(items[-1], Mark) else len(items[-1])
-        return items
-
-    def drop_inbox(self) -> None:
-        self._inbox.clear()
-        self.n_inbox = 0
-
-    def hand_out(self, event: messages.Event) -> None:
-        if self._on_event is not None:
-            self._on_event(event)
-            return
-        self._queue.put(event)
-        if isinstance(event, messages.Done | messages.Error):
-            self.end_events()
-
-    def end_events(self) -> None:
-        self._queue.put(None)
+    def run(self, sessions: Mapping[int, Session]) -> ChunkResult: ...
 
 
 class Engine:
     """One model, `cfg.n_slots` streams at a time, one worker thread."""
 
-    def __init__(self, model: SparqleModel, cfg: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: SparqleModel,
+        cfg: EngineConfig | None = None,
+        make_slots: Callable[[SparqleModel, int], Slots] = Batch,
+    ) -> None:
+        """`make_slots` is another `Batch` for tests: see `testing.oracle_engine`."""
         self.model = model
         self.cfg = cfg or EngineConfig()
-        self._batch = Batch(model, self.cfg.n_slots)  # used by the worker only
+        self._batch = make_slots(model, self.cfg.n_slots)  # used by the worker only
         self._change = threading.Condition()  # guards streams, inboxes, phases and metrics
         self._streams: dict[int, Stream] = {}  # by row
         self._free_rows = list(range(self.cfg.n_slots))[::-1]
@@ -267,7 +137,8 @@ class Engine:
         if threading.current_thread() is not self._worker:
             self._worker.join()
 
-    def _feed(self, stream: Stream, pcm: Floats) -> None:
+    def feed(self, stream: Stream, pcm: Floats) -> None:
+        """For `Stream.feed`; pcm has been checked."""
         with self._change:
             if stream.phase is Phase.DRAINING:
                 raise ProtocolError("audio after the end of the stream", hint="open a new stream")
@@ -288,7 +159,8 @@ class Engine:
             self._change.notify_all()
             raise stream.failure
 
-    def _mark(self, stream: Stream, mark: Mark) -> None:
+    def mark(self, stream: Stream, mark: Mark) -> None:
+        """For `Stream.flush` and `Stream.finish`."""
         with self._change:
             if stream.phase is not Phase.OPEN:
                 return
@@ -297,11 +169,13 @@ class Engine:
             stream.put(mark)
             self._change.notify_all()
 
-    def _cancel(self, stream: Stream) -> None:
+    def cancel(self, stream: Stream) -> None:
+        """For `Stream.cancel`."""
         if self._close_stream(stream):
             stream.end_events()
 
-    def _wait_for_room(self, stream: Stream, seconds: float, timeout: float | None) -> bool:
+    def wait_for_room(self, stream: Stream, seconds: float, timeout: float | None) -> bool:
+        """For `Stream.wait_for_room`."""
         wanted = min(seconds, self.cfg.backlog_s)
         with self._change:
             return self._change.wait_for(
@@ -400,6 +274,7 @@ class Engine:
             with self._change:  # what leaves the inbox joins the queue in one go: room is exact
                 session.enqueue(found)
                 stream.n_inbox -= 0 if isinstance(item, Mark) else len(item)
+                self._change.notify_all()  # silence makes room without a step
         for event in session.announce():
             self._emit(stream, event)
         self._account({"vad": time.perf_counter() - start}, {stream: session})
@@ -470,17 +345,4 @@ class Engine:
             stream.hand_out(event)
         except Exception:
             log.exception("on_event of stream %s failed; the stream is cancelled", stream.id)
-            self._cancel(stream)
-
-
-def _checked(pcm: Floats) -> Floats:
-    """PCM (S,) as float32 of our own; anything that cannot be audio is refused."""
-    if pcm.ndim != 1:
-        raise AudioFormatError(
-            f"expected mono audio of shape (S,), got {pcm.shape}",
-            hint="mix down first: pcm.mean(axis=-1)",
-        )
-    pcm = np.array(pcm, dtype=np.float32)  # the caller may use its buffer again
-    if not np.isfinite(pcm).all():
-        raise AudioFormatError("audio with NaN or infinity in it", hint="check the source's format")
-    return pcm
+            self.cancel(stream)

@@ -8,6 +8,7 @@ the delay, the slots and the prefixes of a real one. So what comes out is known 
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from dataclasses import dataclass, field, replace
@@ -24,17 +25,20 @@ from sparqle_stream.config import (
     SAMPLE_RATE_HZ,
     CtcConfig,
     EncoderConfig,
+    EngineConfig,
     LlmConfig,
     ModelConfig,
     QFormerConfig,
 )
+from sparqle_stream.messages import Event, Final, Word
 from sparqle_stream.pipeline import ChunkResult
 from sparqle_stream.session import Session, Start, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sparqle_stream.ctc import CtcHead, CtcPieces
+    from sparqle_stream.engine import Engine
     from sparqle_stream.llm import Llm
     from sparqle_stream.models import SparqleModel
     from sparqle_stream.qformer import QFormer
@@ -192,6 +196,13 @@ def oracle_model() -> SparqleModel:
     return replace(tiny_model(), tokenizer=WordTokenizer())
 
 
+def vocabulary(n: int, n_syllables: int = 2) -> list[str]:
+    """n different words to `say`, of as many syllables of two letters."""
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    words = itertools.product(syllables, repeat=n_syllables)
+    return ["".join(word) for word in itertools.islice(words, n)]
+
+
 def say(words: Sequence[str], gap_ms: int = 160) -> Floats:
     """Words of a to z as audio (S,): 40 ms of constant level per letter, silence after words."""
     gap = np.zeros(gap_ms * SAMPLE_RATE_HZ // 1000 // LETTER_SAMPLES * LETTER_SAMPLES, np.float32)
@@ -273,6 +284,22 @@ class OracleBatch:
         ready = [word for word, end in words[n_said:] if end <= due]
         new, slot.n_written = ready[slot.n_written :], max(slot.n_written, len(ready))
         return [i for word in new for i in self.model.tokenizer.encode(" " + word)]
+
+
+def oracle_engine(cfg: EngineConfig | None = None) -> Engine:
+    """An engine that hears exactly what `say` spelled; give its streams no detector."""
+    from sparqle_stream.engine import Engine
+
+    return Engine(oracle_model(), cfg, make_slots=OracleBatch)
+
+
+def text_of(events: Iterable[Event]) -> str:
+    """The transcript: what the finals append to each other."""
+    return "".join(event.text for event in events if isinstance(event, Final))
+
+
+def words_of(events: Iterable[Event]) -> list[Word]:
+    return [word for event in events if isinstance(event, Final) for word in event.words]
 
 
 def _words(codes: Sequence[int]) -> list[tuple[str, int]]:

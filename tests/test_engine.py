@@ -1,8 +1,7 @@
-"""Engine: slots, one worker, admission, backlog, failures, seams; with an oracle for a model."""
+"""Engine: slots, one worker, admission, backlog, failures; with an oracle for a model."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -10,8 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from sparqle_stream import engine as engine_module
-from sparqle_stream import messages
+from sparqle_stream import messages, testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.engine import Engine
 from sparqle_stream.errors import (
@@ -22,7 +20,7 @@ from sparqle_stream.errors import (
     ProtocolError,
 )
 from sparqle_stream.session import Session
-from sparqle_stream.testing import OracleBatch, oracle_model, say
+from sparqle_stream.testing import OracleBatch, say, text_of, vocabulary, words_of
 
 OFF = VadConfig(kind="off")
 OPTIONS = StreamOptions(vad=OFF)
@@ -30,13 +28,12 @@ LONG_S = 30.0  # for a worker on a busy machine; a passing test waits for none o
 
 
 @pytest.fixture
-def oracle(monkeypatch):
+def oracle():
     """Makes engines that hear exactly what `say` spelled."""
-    monkeypatch.setattr(engine_module, "Batch", OracleBatch)
-    model, engines = oracle_model(), []
+    engines = []
 
-    def make(n_slots: int = 2, **changes) -> Engine:
-        engines.append(Engine(model, EngineConfig(n_slots=n_slots, **changes)))
+    def make(**changes) -> Engine:
+        engines.append(testing.oracle_engine(EngineConfig(**{"n_slots": 2} | changes)))
         return engines[-1]
 
     yield make
@@ -48,23 +45,6 @@ def oracle(monkeypatch):
 def tiny_engine(tiny):
     with Engine(tiny, EngineConfig(n_slots=2)) as engine:
         yield engine
-
-
-def vocabulary(n: int, n_syllables: int = 2) -> list[str]:
-    """n different words."""
-    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
-    return [
-        "".join(pair)
-        for pair in itertools.islice(itertools.product(syllables, repeat=n_syllables), n)
-    ]
-
-
-def text_of(events) -> str:
-    return "".join(e.text for e in events if isinstance(e, messages.Final))
-
-
-def words_of(events) -> list[messages.Word]:
-    return [w for e in events if isinstance(e, messages.Final) for w in e.words]
 
 
 def kinds(events) -> list[str]:
@@ -260,6 +240,17 @@ def test_a_source_that_can_wait_loses_nothing(oracle):
     assert engine.metrics().backlogs == 0
 
 
+def test_silence_makes_room_without_a_step(tiny_engine):
+    """More silence than the backlog holds: nothing is ever stepped, and nobody waits for ever."""
+    stream = tiny_engine.open(StreamOptions(vad=VadConfig(kind="webrtc")))
+    for _ in range(90):
+        assert stream.wait_for_room(1.0, timeout=LONG_S)
+        stream.feed(np.zeros(16_000, np.float32))
+    stream.finish()
+    assert kinds(stream.events()) == ["Ready", "Done"]
+    assert tiny_engine.metrics().steps == 0
+
+
 def test_room_is_waited_for(oracle, monkeypatch):
     gate = Gate(monkeypatch)
     stream = oracle(backlog_s=1.0).open(OPTIONS)
@@ -406,98 +397,17 @@ def test_close_ends_every_stream(oracle):
     assert not engine._worker.is_alive()
 
 
-# --- long speech ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk_ms", [80, 320, 1280])
-@pytest.mark.parametrize("delay_ms", [0, 240, 960])
-def test_seams_of_long_speech_lose_and_double_nothing(oracle, chunk_ms, delay_ms):
-    """A minute without a pause, cut every 8 s in the middle of whatever is said.
-
-    The oracle knows of a slot only what was heard in it and what its prefix says, so words that
-    the delay held back at a cut would be lost, and words heard again would be said twice.
-    """
-    words = vocabulary(250)
-    engine = oracle()
-    options = StreamOptions(vad=OFF, chunk_ms=chunk_ms, delay_ms=delay_ms, max_segment_s=8.0)
-    events = engine.transcribe(say(words, gap_ms=80), options)
-    assert [w.word for w in words_of(events)] == words
-    assert engine.metrics().seams >= 60 // (8 + 1.28) - 1
-    assert kinds(events).count("SpeechStopped") == 1
-    segments = [e.segment for e in events if isinstance(e, messages.Final)]
-    assert segments == sorted(segments)
-    assert engine.metrics().seams <= len(set(segments)) <= engine.metrics().seams + 1
-    n_before = segment_words(events).count(0)
-    assert engine._batch.seam_prefixes[0].split() == words[n_before - 8 : n_before]
-
-
-@pytest.mark.slow
-def test_an_hour_without_a_pause_loses_and_doubles_nothing(oracle):
-    words = vocabulary(11_250, n_syllables=3)  # 320 ms each
-    engine = oracle()
-    options = StreamOptions(vad=OFF, chunk_ms=1280)
-    out = words_of(engine.transcribe(say(words, gap_ms=80), options))
-    assert [w.word for w in out] == words
-    assert out[-1].end == pytest.approx(3600, abs=0.2)
-    assert 140 <= engine.metrics().seams <= 160
-
-
-def segment_words(events) -> list[int]:
-    """The segment of every word."""
-    return [e.segment for e in events if isinstance(e, messages.Final) for _ in e.words]
-
-
-def test_a_seam_prefers_a_pause(oracle):
-    """Words at 0 .. 5.3 s, a pause of 0.6 s, words: the cut at most 6.5 s along is in the pause."""
-    first, then = vocabulary(40)[:22], vocabulary(40)[22:]
-    pause = np.zeros(9600, np.float32)
-    pcm = np.concatenate([say(first, gap_ms=80), pause, say(then, gap_ms=80)])
-    engine = oracle()
-    events = engine.transcribe(pcm, StreamOptions(vad=OFF, max_segment_s=6.5))
-    assert [w.word for w in words_of(events)] == first + then
-    assert segment_words(events)[:23] == [0] * 22 + [1]
-
-
-def test_a_full_slot_is_a_seam_too(oracle, tiny):
-    """Limits of hours: the slot of 640 rows is what ends the segments."""
-    words = vocabulary(900)
-    engine = oracle()
-    options = StreamOptions(vad=OFF, max_segment_s=1e6)
-    events = engine.transcribe(say(words, gap_ms=80), options)
-    assert [w.word for w in words_of(events)] == words
-    # 12.5 queries and 4.2 words a second fill 640 rows in about 38 s.
-    assert len(say(words, gap_ms=80)) / 16_000 / 40 - 1 <= engine.metrics().seams <= 8
-
-
-def test_the_prompt_stands_before_every_segment(oracle):
-    engine = oracle()
-    options = StreamOptions(vad=OFF, prompt="names are here", max_segment_s=4.0)
-    engine.transcribe(say(vocabulary(40)), options)
-    prefixes = engine._batch.seam_prefixes
-    assert prefixes
-    assert all(prefix.split()[:3] == ["names", "are", "here"] for prefix in prefixes)
-
-
 # --- rule 9, metrics, log ------------------------------------------------------------------------
 
 
-class Stubborn(OracleBatch):
+def write_the_same(batch, slot, delay_ms) -> list[int]:
     """An LLM that has fallen into a loop and writes as much as it may."""
-
-    def _write(self, slot, delay_ms):
-        slot.unsaid.clear()
-        return self.model.tokenizer.encode(" again" * 20)
-
-
-class Mute(OracleBatch):
-    """An LLM that never writes."""
-
-    def _write(self, slot, delay_ms):
-        return []
+    slot.unsaid.clear()
+    return batch.model.tokenizer.encode(" again" * 20)
 
 
 def test_a_loop_is_stopped_and_counted(oracle, monkeypatch):
-    monkeypatch.setattr(engine_module, "Batch", Stubborn)
+    monkeypatch.setattr(OracleBatch, "_write", write_the_same)
     engine = oracle()
     events = engine.transcribe(say(vocabulary(30), gap_ms=80), OPTIONS)
     metrics = engine.metrics()
@@ -508,7 +418,7 @@ def test_a_loop_is_stopped_and_counted(oracle, monkeypatch):
 
 
 def test_speech_without_text_is_a_warning_and_a_counter(oracle, monkeypatch):
-    monkeypatch.setattr(engine_module, "Batch", Mute)
+    monkeypatch.setattr(OracleBatch, "_write", lambda *_: [])
     engine = oracle()
     events = engine.transcribe(say(vocabulary(30)), OPTIONS)
     warnings = [e for e in events if isinstance(e, messages.Warning)]
@@ -520,7 +430,7 @@ def test_speech_without_text_is_a_warning_and_a_counter(oracle, monkeypatch):
 
 def test_noise_that_ctc_does_not_hear_gives_no_text(oracle, monkeypatch):
     """An LLM that would write on and on over a segment of which CTC hears nothing."""
-    monkeypatch.setattr(engine_module, "Batch", Stubborn)
+    monkeypatch.setattr(OracleBatch, "_write", write_the_same)
     assert text_of(oracle().transcribe(np.zeros(80_000, np.float32), OPTIONS)) == ""
 
 

@@ -1,0 +1,64 @@
+"""export.py: a model folder with everything under its name, small and readable by the product."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparqle_stream.config import ModelConfig
+from sparqle_stream.ctc import CtcPieces
+from sparqle_stream.models import config_from_json
+from training.export import compact, export
+from training.text import train_pieces
+
+
+def test_matrices_are_halved_and_small_tensors_are_kept():
+    weights = {
+        "matrix": torch.randn(128, 64),
+        "convolution": torch.randn(64, 64, 3),
+        "norm": torch.randn(8192),
+        "head": torch.randn(1, 576),
+    }
+    stored = compact(weights)
+    assert {name: str(value.dtype).removeprefix("torch.") for name, value in stored.items()} == {
+        "matrix": "bfloat16",
+        "convolution": "bfloat16",
+        "norm": "float32",
+        "head": "float32",
+    }
+    for name, value in weights.items():
+        torch.testing.assert_close(stored[name].float(), value, atol=0, rtol=2**-8)
+
+
+@pytest.mark.parametrize("kind", ["window", "stack"])
+def test_a_folder_holds_every_part_once(tmp_path, kind):
+    ear = {"encoder.ln_post.weight": torch.ones(4), "ctc.out.bias": torch.zeros(3)}
+    bridge = {
+        "stop.weight": torch.full((1, 4), 0.5),
+        "lora.layers.0.attn.q_proj.a": torch.ones(2, 4),
+        f"qformer.{'queries' if kind == 'window' else 'stack.weight'}": torch.ones(2, 4),
+    }
+    save_file(ear, tmp_path / "ear.safetensors")
+    save_file(bridge, tmp_path / "bridge.safetensors")
+    pieces = train_pieces(["the cat sat on the mat"], 36, tmp_path / "pieces.json")
+    out = tmp_path / "my-model"
+    export(
+        out,
+        tmp_path / "ear.safetensors",
+        tmp_path / "bridge.safetensors",
+        tmp_path / "pieces.json",
+        stop_threshold=0.4,
+    )
+    encoder, rest = (load_file(out / f"{name}.safetensors") for name in ("encoder", "bridge"))
+    assert encoder.keys() == {"ln_post.weight"}
+    assert rest.keys() == bridge.keys() | {"ctc.out.bias"}
+    raw = json.loads((out / "config.json").read_text())
+    assert (raw.pop("stop_threshold"), raw.pop("lora_scale")) == (0.4, 2.0)
+    cfg = config_from_json(ModelConfig, raw, out / "config.json")
+    assert (cfg.name, cfg.qformer.kind) == ("my-model", kind)
+    assert cfg.ctc.n_pieces == cfg.qformer.n_pieces == pieces.size
+    assert cfg.encoder == ModelConfig().encoder
+    assert CtcPieces.load(out / "pieces.json").encode("the cat") == pieces.encode("the cat")

@@ -63,15 +63,15 @@ def load(
     name_or_path: str | Path = artifacts.DEFAULT_MODEL,
     *,
     llm: str | Path | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str = "cpu",
 ) -> SparqleModel:
     """A model by name or folder with its LLM (by name, file or folder), ready on `device`.
 
-    dtype 'int8' is for the LLM's matrices on a CPU, where they are most of the bytes; the other
-    stages then compute in float32.
+    dtype: one of `quantize.DTYPES`. 'int8', what 'auto' is on a CPU, is for the LLM's matrices,
+    where most of the bytes are; the other stages then compute in float32.
     """
-    quantize.check(dtype, device)
+    dtype = quantize.resolve(dtype, device)
     if str(name_or_path) == RANDOM_TINY:
         from sparqle_stream.testing import tiny_model
 

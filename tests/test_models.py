@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from sparqle_stream.config import ModelConfig
 from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.weights import LlmFiles, TextTokenizer
 
+REPO = Path(__file__).resolve().parent.parent
 LORA_SCALE = 0.5
 ADAPTED = "layers.1.mlp.up_proj"
 
@@ -70,7 +75,7 @@ def folder(written, tmp_path):
 
 
 def test_load_gives_what_was_written(written, tiny):
-    model = models.load(written[0], llm=written[1])
+    model = models.load(written[0], llm=written[1], dtype="float32")
     assert model.name == "tiny"
     assert model.cfg == tiny.cfg
     assert model.llm.cfg.n_slot == tiny.cfg.llm.n_slot, "the slot is the model's, not the LLM's"
@@ -88,7 +93,7 @@ def test_load_gives_what_was_written(written, tiny):
 def test_lora_is_merged_with_its_scale(written, tiny):
     """gate and up lie in one matrix after loading; only up was adapted."""
     bridge = load_file(written[0] / "bridge.safetensors")
-    model = models.load(written[0], llm=written[1])
+    model = models.load(written[0], llm=written[1], dtype="float32")
     gate, up = model.llm.layers[1].mlp.gate_up_proj.weight.chunk(2)
     change = bridge[f"lora.{ADAPTED}.b"] @ bridge[f"lora.{ADAPTED}.a"] * LORA_SCALE
     plain = tiny.llm.layers[1].mlp
@@ -104,6 +109,7 @@ def test_lora_is_merged_with_its_scale(written, tiny):
         ("float32", torch.float32, torch.float32),
         ("bfloat16", torch.bfloat16, torch.bfloat16),
         ("int8", torch.float32, torch.bfloat16),
+        ("auto", torch.float32, torch.bfloat16),
     ],
 )
 def test_dtypes(written, dtype, encoder_dtype, llm_dtype):
@@ -111,6 +117,25 @@ def test_dtypes(written, dtype, encoder_dtype, llm_dtype):
     assert model.encoder.ln_post.weight.dtype == encoder_dtype
     assert model.qformer.out.weight.dtype == encoder_dtype
     assert model.llm.norm.weight.dtype == llm_dtype
+
+
+def test_starting_up_imports_no_heavy_library(written):
+    """transformers takes seconds, gguf and a compiler (sympy) one each."""
+    code = (
+        "import sys\n"
+        "from sparqle_stream import models\n"
+        f"models.load({str(written[0])!r}, llm={str(written[1])!r})\n"
+        "print([m for m in ('transformers', 'gguf', 'sympy', 'filelock') if m in sys.modules])\n"
+    )
+    path = os.pathsep.join([str(REPO), str(REPO / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_a_random_model_by_name():

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 
+from sparqle_stream import artifacts, quantize
 from sparqle_stream import llm as llm_stage
-from sparqle_stream import quantize
 from sparqle_stream.config import LlmConfig
-from sparqle_stream.errors import ConfigError
+from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.llm import Llm
+from sparqle_stream.models import load_llm
 from sparqle_stream.quantize import FEW_ROWS, Int8Linear
 
 CFG = LlmConfig(
@@ -32,7 +33,7 @@ def make_llm():
 def read(model, embeds):
     """Logits of every row, decoded one by one in a slot."""
     dtype = model.norm.weight.dtype
-    state = llm_stage.init_state(CFG, 1, dtype=dtype)
+    state = llm_stage.init_state(model.cfg, 1, dtype=dtype)
     out = []
     for row in embeds:
         state = llm_stage.append(model, state, row[None, None].to(dtype), torch.tensor([True]))
@@ -140,5 +141,38 @@ def test_an_own_head_is_quantised_too(embeds):
 )
 def test_what_cannot_be_computed_is_refused(dtype, device, hint):
     with pytest.raises(ConfigError) as caught:
-        quantize.check(dtype, device)
+        quantize.resolve(dtype, device)
     assert hint in caught.value.hint
+
+
+@pytest.mark.slow
+def test_int8_keeps_the_default_llm():
+    """Loss and direction of the logits over a text that it was not fitted to."""
+    try:
+        artifacts.path(artifacts.DEFAULT_LLM)
+    except ModelError as err:
+        pytest.skip(f"the LLM is not here: {err}")
+    text = (
+        "\nThe weather in Paris is nice and we walked along the river until the sun went down"
+        " behind the old houses. Then he said that nobody would ever believe what had happened."
+    )
+    read_by = {}
+    for dtype in ("float32", "int8"):
+        llm, tokenizer = load_llm()
+        ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)])
+        llm = quantize.prepare(llm, dtype)
+        with torch.inference_mode():
+            read_by[dtype] = llm.logits(llm.forward_train(llm.embed(ids)[None]))[0].float()
+    loss = {
+        dtype: float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:]))
+        for dtype, logits in read_by.items()
+    }
+    cosine = torch.cosine_similarity(read_by["int8"], read_by["float32"], dim=-1)
+    assert float(cosine.mean()) > 0.9985
+    assert abs(loss["int8"] - loss["float32"]) < 0.05
+
+
+def test_auto_is_resolved_by_device():
+    assert quantize.resolve("auto", "cpu") == "int8"
+    assert quantize.resolve("auto", "cuda") == "bfloat16"
+    assert quantize.resolve("float32", "cuda") == "float32"

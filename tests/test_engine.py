@@ -113,6 +113,24 @@ def test_the_last_word_comes_out_at_the_end(oracle):
         assert all(w.end <= w.emitted <= len(pcm) / 16_000 for w in words_of(events))
 
 
+def test_words_leave_whole_however_slowly_they_may_be_written(oracle, monkeypatch):
+    """Words of six tokens each, four words a second, 12 tokens a second allowed: every chunk ends
+    at the cap, mostly in a word, which then waits for its rest.
+    """
+    encode = testing.WordTokenizer.encode
+
+    def by_letter(tokenizer, text):
+        pieces = (text[:2], *text[2:])  # a letter with its space, letters
+        return [i for piece in pieces for i in encode(tokenizer, piece)]
+
+    engine, words = oracle(), ["absent", "butane", "candle", "disney", "efront", "finger"]
+    monkeypatch.setattr(testing.WordTokenizer, "encode", by_letter)
+    pcm = np.concatenate([say(words), np.zeros(64_000, np.float32)])
+    out = words_of(engine.transcribe(pcm, OPTIONS))
+    assert [w.word for w in out] == words
+    assert len({w.emitted for w in out}) >= 4
+
+
 def test_flush_brings_the_last_word_and_the_stream_goes_on(oracle):
     stream = oracle().open(OPTIONS)
     stream.feed(say(["first"], gap_ms=40))

@@ -31,7 +31,7 @@ FORMATS = ("txt", "json", "jsonl", "srt", "vtt", "tsv")
 MIC_FORMATS = ("txt", "jsonl", "srt", "vtt")
 INPUT_FORMATS = ("s16le", "f32le", "mulaw", "alaw")
 MODEL_ACTIONS = ("list", "pull", "path", "verify")
-DTYPES = ("float32", "bfloat16", "int8")
+DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 # Options that may also be set by a variable: SPARQLE_ and the option in capitals.
 FROM_ENVIRONMENT = (
@@ -232,9 +232,9 @@ def _model(parser: Parser) -> None:
     add(
         "--dtype",
         choices=DTYPES,
-        default=default.dtype,
-        help="arithmetic of the model; int8 is for the language model on a CPU"
-        " (default %(default)s)",
+        default="auto",
+        help="arithmetic of the model; int8 is for the language model on a CPU, auto takes what"
+        " is fastest on the device (default %(default)s)",
     )
     add(
         "--compute",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from sparqle_stream import __version__, arguments
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
-from sparqle_stream.errors import ConfigError, ModelError, SparqleError
+from sparqle_stream.errors import ConfigError, DeviceError, ModelError, SparqleError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -151,9 +151,22 @@ def load_engine(args: Namespace, n_slots: int = 1) -> Engine:
     from sparqle_stream import models
     from sparqle_stream.engine import Engine
 
+    if args.compute == "cuda":
+        _check_cuda()
     with _spinner(f"loading {args.model}"):
         model = models.load(args.model, llm=args.llm, dtype=args.dtype, device=args.compute)
     return Engine(model, cfg)
+
+
+def _check_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "has no CUDA in it" if torch.version.cuda is None else "finds no CUDA device"
+        raise DeviceError(
+            f"--compute cuda: this torch ({torch.__version__}) {why}",
+            hint="--compute cpu works everywhere; sparqle-stream doctor tells more",
+        )
 
 
 def _spinner(text: str) -> AbstractContextManager[object]:

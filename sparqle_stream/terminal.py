@@ -220,7 +220,8 @@ class Keys:
         self._saved: list[Any] | None = None
 
     def __enter__(self) -> Keys:
-        with contextlib.suppress(ImportError, OSError, ValueError):
+        # AttributeError: a closed stdin is None
+        with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
             import termios
             import tty
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sparqle_stream import audio, messages
 from sparqle_stream.captioning import Captioning, Listener, StopSignals
 from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.errors import SparqleError
+from sparqle_stream.errors import AudioFormatError, SparqleError
 from sparqle_stream.sources import FileSource, PipeSource
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def probe(names: Sequence[str], on_error: OnError) -> dict[str, float | None]:
 def open_source(name: str, pipe_format: audio.AudioFormat) -> Source:
     """A file, or raw PCM on standard input for '-'."""
     if name == STDIN:
+        if sys.stdin is None:
+            raise AudioFormatError("standard input is closed", hint="pipe sound into it")
         if sys.stdin.isatty():
             sys.stderr.write("note: reading raw PCM from the keyboard; pipe sound in instead\n")
         return PipeSource(sys.stdin.buffer, pipe_format)

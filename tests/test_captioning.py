@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -315,6 +316,22 @@ def test_probing_names_what_is_no_sound(tmp_path):
     assert transcribe.probe(names, failed.__setitem__) == {"-": None}
     assert set(failed) == set(names[1:])
     assert "there is no file" in failed[names[2]].message
+
+
+def test_a_progress_bar_is_for_terminals_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for out, is_shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", out)
+        with transcribe.ProgressBar() as bar:
+            for name in ("one.wav", "two.wav"):
+                bar.start(name, 8.0)
+                for _ in range(7):  # some of it still waits in the engine
+                    bar.heard(SECOND)
+                bar.event(messages.Done(8.0, 1.0, 8.0))
+        assert ("two.wav" in out.getvalue() and "100%" in out.getvalue()) == is_shown
 
 
 def test_a_live_session_writes_measures_and_tells(capsys):

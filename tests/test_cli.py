@@ -183,6 +183,14 @@ def test_a_user_error_says_what_and_what_to_do(run, argv, environ, error, hint):
     assert hint in second
 
 
+def test_cuda_without_cuda_is_an_error_of_the_option(run, monkeypatch, talk):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = run(talk, "--compute", "cuda")
+    assert done.status == 2
+    assert done.err.startswith("error: --compute cuda: this torch")
+    assert "--compute cpu" in done.err
+
+
 def test_a_command_after_options_or_misspelt_is_pointed_out(run):
     assert "commands come first" in run("--threads", "1", "serve").err
     assert "did you mean transcribe?" in run("trancribe", "talk.wav").err
@@ -429,13 +437,12 @@ def test_models_are_listed_and_told_about(run, monkeypatch):
 
 def test_client_captions_on_a_server_what_the_engine_captions_here(run, talk):
     from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
-    from sparqle_stream.engine import Engine
     from sparqle_stream.server import ServerConfig, background
 
     here = json.loads(run(talk, *SPOKEN, "--format", "jsonl").out)
     options = StreamOptions(vad=VadConfig(kind="off"))
     with (
-        Engine(testing.oracle_model(), EngineConfig(n_slots=2)) as engine,
+        testing.oracle_engine(EngineConfig(n_slots=2)) as engine,
         background(engine, ServerConfig(port=0, defaults=options)) as url,
     ):
         done = run("client", url, talk, "--format", "jsonl")

@@ -9,11 +9,9 @@ import pytest
 
 from sparqle_stream import client, messages, testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
-from sparqle_stream.engine import Engine
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.remote import PACKETS, RemoteStream
 from sparqle_stream.server import ServerConfig, background
-from tests.fakes.oracle_cli import oracle
 
 SPOKEN = {"vad": "off", "pace": "file"}
 SECOND = np.zeros(16_000, np.float32)
@@ -23,8 +21,7 @@ SECOND = np.zeros(16_000, np.float32)
 def url():
     options = StreamOptions(vad=VadConfig(kind="off"))
     with (
-        oracle(),
-        Engine(testing.oracle_model(), EngineConfig(n_slots=1)) as engine,
+        testing.oracle_engine(EngineConfig(n_slots=1)) as engine,
         background(engine, ServerConfig(port=0, defaults=options)) as address,
     ):
         yield address

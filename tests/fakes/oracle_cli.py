@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 from sparqle_stream import cli, engine, models, testing
@@ -18,8 +19,9 @@ from tests.fakes.portaudio import Device, FakeSoundDevice
 @contextmanager
 def oracle():
     """The engine writes what `testing.say` spelled. Use it with `--vad off`."""
+    perfect = partial(engine.Engine, make_slots=testing.OracleBatch)
     with (
-        mock.patch.object(engine, "Batch", testing.OracleBatch),
+        mock.patch.object(engine, "Engine", perfect),
         mock.patch.object(models, "load", side_effect=lambda *_, **__: testing.oracle_model()),
     ):
         yield

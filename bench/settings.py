@@ -30,7 +30,7 @@ class Settings:
     delay_ms: int = 240
     vad: str = "silero"
     vad_stop_ms: int = VadConfig().stop_ms
-    dtype: str = "float32"
+    dtype: str = "auto"
     compute: str = "cpu"
     threads: int = 0
     n_streams: int = 1
@@ -59,9 +59,14 @@ class Settings:
         return models.load(self.model, llm=self.llm, dtype=self.dtype, device=self.compute)
 
     def summary(self) -> dict[str, Any]:
-        """As JSON; of paths only the last part, the rest is somebody's disk."""
-        names = {"model": Path(self.model).name, "llm": self.llm and Path(self.llm).name}
-        return asdict(self) | names
+        """As JSON: 'auto' as what it came to; of paths the last part, the rest is of one disk."""
+        from sparqle_stream import quantize
+
+        return asdict(self) | {
+            "model": Path(self.model).name,
+            "llm": self.llm and Path(self.llm).name,
+            "dtype": quantize.resolve(self.dtype, self.compute),
+        }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--delay-ms", type=int, default=default.delay_ms, metavar="MS", help="(%(default)s)")
     add("--vad", choices=("silero", "webrtc", "off"), default=default.vad, help="(%(default)s)")
     add("--vad-stop", type=int, default=default.vad_stop_ms, metavar="MS", help="(%(default)s)")
-    add("--dtype", default=default.dtype, help="float32 or bfloat16 (%(default)s)")
+    add("--dtype", default=default.dtype, help="float32, bfloat16, int8 or auto (%(default)s)")
     add("--compute", choices=("cpu", "cuda"), default=default.compute, help="(%(default)s)")
     add("--threads", type=int, default=default.threads, help="0: all cores (%(default)s)")
     add("--output", type=Path, metavar="FILE.json", help="for example in bench/results/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import wave
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from bench import manifests
 from sparqle_stream import testing
 from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,11 +50,16 @@ def make_folder(tmp_path) -> MakeFolder:
     return make
 
 
+def use_slots(monkeypatch, slots: type[testing.OracleBatch]) -> None:
+    """Every engine that is made from now on has these slots."""
+    monkeypatch.setattr("sparqle_stream.engine.Engine", partial(Engine, make_slots=slots))
+    monkeypatch.setattr("bench.players.Batch", slots)
+
+
 @pytest.fixture
 def oracle(monkeypatch):
     """The model to load while every engine writes exactly what was spelled."""
-    monkeypatch.setattr("sparqle_stream.engine.Batch", testing.OracleBatch)
-    monkeypatch.setattr("bench.players.Batch", testing.OracleBatch)
+    use_slots(monkeypatch, testing.OracleBatch)
     return testing.oracle_model()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
 from bench import accuracy, manifests, report
 from bench.settings import Settings
 from sparqle_stream import testing
+from sparqle_stream.engine import Engine
 
 QUICK = Settings(vad="off")
 
@@ -117,7 +119,8 @@ class BrokenBatch(testing.OracleBatch):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_stream_that_fails_counts_as_nothing_written(monkeypatch, idle, make_folder):
     """A crash must not take its recording out of the figure."""
-    monkeypatch.setattr("sparqle_stream.engine.Batch", BrokenBatch)
+    broken = partial(Engine, make_slots=BrokenBatch)
+    monkeypatch.setattr("sparqle_stream.engine.Engine", broken)
     folder = make_folder(
         "sets/q", [{"said": "all day", "text": "all day"}, {"said": "aqua", "text": "aqua park"}]
     )

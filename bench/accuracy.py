@@ -169,6 +169,7 @@ def _report(
     noise = [c for c in captioned if not c.recording.text]
     report: dict[str, Any] = {
         "name": recordings.name,
+        "corpora": recordings.corpora,
         "manifest_sha256": recordings.fingerprint,
         "recordings": len(captioned),
         "recordings_in_manifest": recordings.n_all,

@@ -1,7 +1,7 @@
 """Manifests: a folder of recordings with their texts -> recordings to be captioned.
 
 In: a folder with `manifest.jsonl`, one object a line with `audio` (a path in the folder), `text`
-('' where nobody speaks) and, if known, `id` and `speaker`. Contract: what is wrong with a manifest
+('' where nobody speaks) and, if known, `id`, `speaker` and `corpus`. Contract: what is wrong with a manifest
 is said with the number of the line, before anything is loaded.
 """
 
@@ -28,6 +28,7 @@ class Recording:
     path: Path
     text: str
     speaker: str
+    corpus: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ class RecordingSet:
     recordings: tuple[Recording, ...]
     fingerprint: str
     n_all: int  # in the manifest; more than there are here when some were left out
+
+    @property
+    def corpora(self) -> list[str]:
+        """What the recordings are taken from, where the manifest says so."""
+        return sorted({r.corpus for r in self.recordings if r.corpus})
 
 
 def read(folder: Path, every: int = 1, limit: int | None = None) -> RecordingSet:
@@ -115,4 +121,5 @@ def _recording(folder: Path, line_number: int, line: bytes) -> Recording:
             f"line {line_number} of the manifest in {folder} cannot be used ({err})",
             hint='each line needs "audio" and "text" ("" where nobody speaks)',
         ) from err
-    return Recording(str(entry.get("id", path.stem)), path, text, str(entry.get("speaker", "")))
+    speaker, corpus = str(entry.get("speaker", "")), str(entry.get("corpus", ""))
+    return Recording(str(entry.get("id", path.stem)), path, text, speaker, corpus)

@@ -112,7 +112,7 @@ def _speech_row(name: str, result: Json, of_set: Json) -> list[str]:
     ctc = speech.get("greedy_ctc")
     delays = speech["delays_stream_time"]
     return [
-        of_set["name"],
+        _source(of_set, f"{len(speech['speakers'])} speakers"),
         _settings(result),
         _files(of_set),
         str(speech["words"]),
@@ -129,7 +129,7 @@ def _speech_row(name: str, result: Json, of_set: Json) -> list[str]:
 def _noise_row(name: str, result: Json, of_set: Json) -> list[str]:
     noise = of_set["noise"]
     return [
-        of_set["name"],
+        _source(of_set),
         _settings(result),
         _files(of_set),
         f"{noise['minutes']:.1f}",
@@ -137,6 +137,12 @@ def _noise_row(name: str, result: Json, of_set: Json) -> list[str]:
         f"**{_number(noise['false_words_per_minute'], 2)}**",
         f"`{name}`",
     ]
+
+
+def _source(of_set: Json, *more: str) -> str:
+    """The folder, and what the recordings are taken from: 'test/read (a corpus, 20 speakers)'."""
+    facts = [*of_set["corpora"], *more]
+    return of_set["name"] + (f" ({', '.join(facts)})" if facts else "")
 
 
 def _files(of_set: Json) -> str:
@@ -200,7 +206,7 @@ def _latency(results: Sequence[tuple[str, Json]], machines: _Machines) -> list[s
 
 def _latency_facts(result: Json, machines: _Machines) -> str:
     timing, card = result["timing"], result["machine"]
-    sets = ", ".join(f"{s['name']} ({s['recordings']} files)" for s in result["sets"])
+    sets = ", ".join(f"{s['name']} (files: {s['recordings']})" for s in result["sets"])
     busy = f"; **the machine was busy** ({timing['others_share_before']:.0%} of it taken)"
     return (
         f"{sets}, {result['audio_seconds']:.0f} s, {_settings(result)}, pace: {timing['pace']}; "
@@ -259,7 +265,7 @@ def _machine(card: Json) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in card["versions"].items())
     return (
         f"{card['cpu']} ({' '.join(card['cpu_flags']) or 'no vector units known'}), "
-        f"{card['cores_allowed']} of {card['cores']} cores, {card['threads']} threads, "
+        f"{card['cores_allowed']} of {card['cores']} cores, threads: {card['threads']}, "
         f"{card['memory_gb']:.0f} GB, {card['system']}, Python {card['python']}; {versions}"
     )
 

@@ -189,7 +189,7 @@ def test_a_whole_run_gives_a_page(oracle, idle, folder, is_virtual):
     assert result["audio_seconds"] == pytest.approx(seconds, abs=0.01)
     page = report.render([("x.json", json.loads(json.dumps(result)))])
     assert result["timing"]["pace"] in page
-    assert "sets/two (2 files)" in page
+    assert "sets/two (files: 2)" in page
 
 
 def test_a_busy_machine_is_refused_before_anything_is_loaded(monkeypatch, folder, capsys):

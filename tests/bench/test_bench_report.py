@@ -66,7 +66,7 @@ NOISE = {"minutes": 12.0, "false_words": 18, "false_words_per_minute": 1.5}
 
 def of_set(name: str, **parts) -> dict:
     fixed = {"name": name, "recordings": 9, "recordings_in_manifest": 9, "failed": 0}
-    return fixed | {"revisions": 0} | parts
+    return fixed | {"revisions": 0, "corpora": ["librispeech"]} | parts
 
 
 ACCURACY = {
@@ -101,9 +101,10 @@ def rows(page: str, start: str) -> list[list[str]]:
 
 def test_figures_of_accuracy_are_on_the_page():
     page = report.render([("read.json", ACCURACY)])
-    ((_, settings, files, words, wer, ctc, errors, last, emission, end, run),) = rows(
+    ((source, settings, files, words, wer, ctc, errors, last, emission, end, run),) = rows(
         page, "test/read"
     )
+    assert source == "test/read (librispeech, 2 speakers)"
     assert settings == "sparqle-base-en, chunk 320 ms, delay 240 ms, VAD silero, float32"
     assert (files, words, wer) == ("9", "100", "**23.0** (18.5 .. 29.2)")
     assert (ctc, errors, last) == ("35.5", "11 / 7 / 5", "77.7 %")
@@ -177,7 +178,7 @@ def test_machines_get_letters_once_each():
     other["machine"]["cpu"] = "Another CPU"
     page = report.render([("a.json", ACCURACY), ("b.json", other), ("c.json", ACCURACY)])
     assert [row[-1] for name in "abc" for row in rows(page, f"`{name}.json`")] == ["A", "B", "A"]
-    assert "- **A**: Example CPU (avx512f), 2 of 4 cores, 2 threads" in page
+    assert "- **A**: Example CPU (avx512f), 2 of 4 cores, threads: 2" in page
     assert "- **B**: Another CPU" in page
     assert page.count("Example CPU") == 1
 

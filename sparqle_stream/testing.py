@@ -91,16 +91,16 @@ def tiny_pieces() -> CtcPieces:
     return CtcPieces(tokenizer)
 
 
-def tiny_config() -> ModelConfig:
+def tiny_config(n_layers: int = 2) -> ModelConfig:
     n_pieces = len(PIECES) + 1
     return ModelConfig(
         name="tiny",
-        encoder=EncoderConfig(width=64, n_heads=2, n_layers=2, left_frames=64),
+        encoder=EncoderConfig(width=64, n_heads=2, n_layers=n_layers, left_frames=64),
         ctc=CtcConfig(width=64, hidden=64, n_pieces=n_pieces),
         qformer=QFormerConfig(
             width=64,
             n_heads=2,
-            n_layers=2,
+            n_layers=n_layers,
             ffn=128,
             encoder_width=64,
             llm_width=64,
@@ -109,12 +109,18 @@ def tiny_config() -> ModelConfig:
             query_ring=16,
         ),
         llm=LlmConfig(
-            width=64, n_layers=2, n_heads=2, n_kv_heads=1, head_width=32, ffn=128, vocab=VOCAB
+            width=64,
+            n_layers=n_layers,
+            n_heads=2,
+            n_kv_heads=1,
+            head_width=32,
+            ffn=128,
+            vocab=VOCAB,
         ),
     )
 
 
-def tiny_model(seed: int = 0) -> SparqleModel:
+def tiny_model(seed: int = 0, n_layers: int = 2) -> SparqleModel:
     """A model of random weights, 0.3 M of them, that hears letters and writes syllables."""
     from sparqle_stream.ctc import CtcHead
     from sparqle_stream.encoder import Encoder
@@ -122,7 +128,7 @@ def tiny_model(seed: int = 0) -> SparqleModel:
     from sparqle_stream.models import SparqleModel
     from sparqle_stream.qformer import QFormer
 
-    cfg = tiny_config()
+    cfg = tiny_config(n_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder, ctc = Encoder(cfg.encoder), CtcHead(cfg.ctc)

@@ -6,7 +6,6 @@ the size of a packet changes some argmax and with it some word.
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 import time
@@ -190,7 +189,6 @@ def test_finals_are_append_only_and_in_order(engine, seed, chunk_ms, delay_ms, l
         if not isinstance(event, messages.Final):
             continue
         text += event.text
-        assert event.text.split() == " ".join(w.word for w in event.words).split() or text
         assert "".join(event.text.split()) == "".join(w.word for w in event.words)
         assert last_time <= event.time <= len(pcm) / RATE
         last_time = event.time
@@ -219,13 +217,12 @@ def reach(thing, seen: set[int]) -> int:
 
 
 @pytest.mark.slow
-def test_half_an_hour_runs_flat(tiny):
+def test_half_an_hour_runs_flat():
     """30 minutes without a pause: no tensor grows, the host keeps no more than before, and a step
     late in the stream costs what an early one did (CPU time of this thread, medians: a busy
     machine slows both).
     """
-    model = replace(tiny, llm=copy.deepcopy(tiny.llm))
-    model.llm.stop.bias.fill_(3.0)  # a talkative model would only make the test longer
+    model = testing.tiny_model(seed=1, n_layers=1)  # of few words: more would only take longer
     options = replace(OFF, chunk_ms=1280, max_segment_s=24.0)
     batch, session = Batch(model, 1), Session(model, options, n_context_words=8)
     size = {name: (t.shape, t.data_ptr()) for name, t in state_tensors(batch) if name != "recent"}
@@ -244,7 +241,7 @@ def test_half_an_hour_runs_flat(tiny):
             held.append(reach(session, set()))
     now = {name: (t.shape, t.data_ptr()) for name, t in state_tensors(batch) if name != "recent"}
     assert now == size
-    assert n_words > 100
+    assert n_words > 500
     assert max(held[3:]) <= 1.2 * max(held[:3]) + 4096
     assert np.median(seconds[-8:]) < 1.5 * np.median(seconds[2:10])
 

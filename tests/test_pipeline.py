@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from sparqle_stream import llm, pipeline, testing
+from sparqle_stream import llm, models, pipeline, testing
 
 S = 5120  # samples of a chunk
 Q = 4  # its queries
@@ -246,3 +246,17 @@ def test_chunks_of_every_size_run_on_one_state(tiny, n_samples):
         result = step(tiny, state, noise(1, n_samples, seed=at), 0)
         assert result.log_probs.shape[1] == n_samples // 640
     assert {name: tensor.shape for name, tensor in tensors(state).items()} == size
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_states_follow_the_dtype_of_the_weights(dtype):
+    model = models.load("random:tiny", dtype=dtype)
+    state = pipeline.init_state(model, 2)
+    begin(model, state, 2, 0, 1, text="so far")
+    tokens = []
+    for at in range(4):
+        result = step(model, state, noise(2, S, seed=at), 0, 1)
+        assert result.log_probs.dtype == torch.float32
+        tokens += result.tokens[0]
+    assert state.llm.k.dtype == torch.bfloat16
+    assert tokens

@@ -34,13 +34,24 @@ def greedy_text(
     events: Sequence[messages.Event],
 ) -> str:
     """pcm (S,) -> text of all segments, joined by spaces."""
-    texts = []
+    texts = [
+        model.pieces.decode([piece for _, piece in greedy_path(log_probs)])
+        for log_probs in posteriors(model, options, pcm, events)
+    ]
+    return " ".join(text for text in texts if text)
+
+
+def posteriors(
+    model: SparqleModel,
+    options: StreamOptions,
+    pcm: npt.NDArray[np.float32],
+    events: Sequence[messages.Event],
+) -> Iterator[torch.Tensor]:
+    """pcm (S,) -> CTC log-probabilities (C, V) of every segment, padding included."""
     hear = _Ear(model)
     for start, end in spoken(events):
-        log_probs = torch.cat([hear(x) for x in _chunks(pcm[start:end], options)])  # (C, V)
+        yield torch.cat([hear(chunk) for chunk in _chunks(pcm[start:end], options)])
         hear.end_segment()
-        texts.append(model.pieces.decode([piece for _, piece in greedy_path(log_probs)]))
-    return " ".join(text for text in texts if text)
 
 
 def spoken(events: Sequence[messages.Event]) -> list[tuple[int, int]]:

@@ -1,8 +1,8 @@
 """Manifests: a folder of recordings with their texts -> recordings to be captioned.
 
 In: a folder with `manifest.jsonl`, one object a line with `audio` (a path in the folder), `text`
-('' where nobody speaks) and, if known, `id`, `speaker` and `corpus`. Contract: what is wrong with a manifest
-is said with the number of the line, before anything is loaded.
+('' where nobody speaks) and, if known, `id`, `speaker` and `corpus`. Contract: what is wrong with
+a manifest is said with the number of the line, before anything is loaded.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def _noise_row(name: str, result: Json, of_set: Json) -> list[str]:
 def _source(of_set: Json, *more: str) -> str:
     """The folder, and what the recordings are taken from: 'test/read (a corpus, 20 speakers)'."""
     facts = [*of_set["corpora"], *more]
-    return of_set["name"] + (f" ({', '.join(facts)})" if facts else "")
+    return f"{of_set['name']} ({', '.join(facts)})" if facts else str(of_set["name"])
 
 
 def _files(of_set: Json) -> str:

@@ -128,6 +128,8 @@ def test_a_stream_that_fails_counts_as_nothing_written(monkeypatch, idle, make_f
     (of_set,) = result["sets"]
     assert of_set["failed"] == 1
     assert (of_set["speech"]["words"], of_set["speech"]["deletions"]) == (4, 2)
+    seconds = 0.04 + 6 * 0.04 + 2 * 0.16  # of the other one: RTF is of what was captioned
+    assert of_set["audio_seconds"] == pytest.approx(seconds, abs=0.01)
 
 
 def test_transcripts_stand_side_by_side(oracle, idle, speech, tmp_path):

@@ -26,7 +26,7 @@ def test_a_folder_becomes_recordings(tmp_path):
                 "audio": "audio/a1.opus",
                 "text": "Hi.",
                 "speaker": "s1",
-                "licence": "CC0",
+                "corpus": "cv",
             },
             "",
             {"audio": "b/noise.wav", "text": ""},
@@ -39,6 +39,7 @@ def test_a_folder_becomes_recordings(tmp_path):
     assert (first.id, first.path, first.text) == ("a1", folder / "audio/a1.opus", "Hi.")
     assert (first.speaker, second.speaker) == ("s1", "")
     assert second.id == "noise"
+    assert got.corpora == ["cv"]
 
 
 def test_a_part_of_a_folder_says_what_it_is_a_part_of(tmp_path):

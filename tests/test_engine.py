@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 
@@ -87,48 +86,6 @@ def test_events_come_in_order(oracle):
     assert (ready.sample_rate, ready.chunk_ms, ready.delay_ms) == (16_000, 320, 240)
     assert done.duration == pytest.approx(len(say(["hello", "world"])) / 16_000)
     assert done.compute_seconds > 0
-
-
-@pytest.mark.parametrize("delay_ms", [0, 240, 960])
-def test_words_leave_with_the_first_chunk_that_ends_late_enough(oracle, delay_ms):
-    words = vocabulary(20)
-    events = oracle().transcribe(say(words), StreamOptions(vad=OFF, delay_ms=delay_ms))
-    out = words_of(events)
-    assert [w.word for w in out] == words
-    for i, word in enumerate(out[:-5]):
-        end = 0.04 + 0.32 * i + 0.16  # four letters and a gap of 160 ms a word, 40 ms before
-        assert word.end == pytest.approx(end + 0.04, abs=0.021)
-        assert word.start == pytest.approx(end - 0.16 - 0.04, abs=0.021)
-        # The oracle knows that a word is over 40 ms after it; then the delay, then the chunk.
-        assert delay_ms / 1000 <= word.emitted - end <= delay_ms / 1000 + 0.32 + 0.04
-
-
-def test_the_last_word_comes_out_at_the_end(oracle):
-    """The audio stops with the last sample of the word: no silence follows that could show it."""
-    pcm = np.trim_zeros(say(["only", "this"]))
-    pcm = np.concatenate([np.zeros(640, np.float32), pcm])
-    for delay_ms in (0, 240, 960):
-        events = oracle().transcribe(pcm, StreamOptions(vad=OFF, delay_ms=delay_ms))
-        assert text_of(events) == "only this"
-        assert all(w.end <= w.emitted <= len(pcm) / 16_000 for w in words_of(events))
-
-
-def test_words_leave_whole_however_slowly_they_may_be_written(oracle, monkeypatch):
-    """Words of six tokens each, four words a second, 12 tokens a second allowed: every chunk ends
-    at the cap, mostly in a word, which then waits for its rest.
-    """
-    encode = testing.WordTokenizer.encode
-
-    def by_letter(tokenizer, text):
-        pieces = (text[:2], *text[2:])  # a letter with its space, letters
-        return [i for piece in pieces for i in encode(tokenizer, piece)]
-
-    engine, words = oracle(), ["absent", "butane", "candle", "disney", "efront", "finger"]
-    monkeypatch.setattr(testing.WordTokenizer, "encode", by_letter)
-    pcm = np.concatenate([say(words), np.zeros(64_000, np.float32)])
-    out = words_of(engine.transcribe(pcm, OPTIONS))
-    assert [w.word for w in out] == words
-    assert len({w.emitted for w in out}) >= 4
 
 
 def test_flush_brings_the_last_word_and_the_stream_goes_on(oracle):
@@ -494,11 +451,3 @@ def test_lag_is_what_was_received_and_not_captioned(oracle, monkeypatch):
     finals = [e for e in stream.events() if isinstance(e, messages.Final)]
     assert finals[0].lag == pytest.approx(6.44 - finals[0].time)
     assert all(e.lag <= 6.44 - e.time + 1e-9 for e in finals)
-
-
-def test_one_log_record_per_stream_without_its_words(oracle, caplog):
-    caplog.set_level(logging.DEBUG, logger="sparqle_stream.engine")
-    oracle().transcribe(say(["secret", "words"]), OPTIONS)
-    assert len(caplog.records) == 1
-    assert "audio 0.80 s" in caplog.text
-    assert "secret" not in caplog.text

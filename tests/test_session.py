@@ -1,0 +1,61 @@
+"""Session: from an oracle's tokens to words that leave whole, in time, and to the last one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sparqle_stream import testing
+from sparqle_stream.config import StreamOptions, VadConfig
+from sparqle_stream.testing import oracle_engine, say, text_of, vocabulary, words_of
+
+OFF = VadConfig(kind="off")
+OPTIONS = StreamOptions(vad=OFF)
+
+
+@pytest.fixture
+def engine():
+    with oracle_engine() as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("delay_ms", [0, 240, 960])
+def test_words_leave_with_the_first_chunk_that_ends_late_enough(engine, delay_ms):
+    words = vocabulary(20)
+    events = engine.transcribe(say(words), StreamOptions(vad=OFF, delay_ms=delay_ms))
+    out = words_of(events)
+    assert [w.word for w in out] == words
+    for i, word in enumerate(out[:-5]):
+        end = 0.04 + 0.32 * i + 0.16  # four letters and a gap of 160 ms a word, 40 ms before
+        assert word.end == pytest.approx(end + 0.04, abs=0.021)
+        assert word.start == pytest.approx(end - 0.16 - 0.04, abs=0.021)
+        # The oracle knows that a word is over 40 ms after it; then the delay, then the chunk.
+        assert delay_ms / 1000 <= word.emitted - end <= delay_ms / 1000 + 0.32 + 0.04
+
+
+def test_the_last_word_comes_out_at_the_end(engine):
+    """The audio stops with the last sample of the word: no silence follows that could show it."""
+    pcm = np.trim_zeros(say(["only", "this"]))
+    pcm = np.concatenate([np.zeros(640, np.float32), pcm])
+    for delay_ms in (0, 240, 960):
+        events = engine.transcribe(pcm, StreamOptions(vad=OFF, delay_ms=delay_ms))
+        assert text_of(events) == "only this"
+        assert all(w.end <= w.emitted <= len(pcm) / 16_000 for w in words_of(events))
+
+
+def test_words_leave_whole_however_slowly_they_may_be_written(engine, monkeypatch):
+    """Words of six tokens each, four words a second, 12 tokens a second allowed: every chunk ends
+    at the cap, mostly in a word, which then waits for its rest.
+    """
+    encode = testing.WordTokenizer.encode
+
+    def by_letter(tokenizer, text):
+        pieces = (text[:2], *text[2:])  # a letter with its space, letters
+        return [i for piece in pieces for i in encode(tokenizer, piece)]
+
+    words = ["absent", "butane", "candle", "disney", "efront", "finger"]
+    monkeypatch.setattr(testing.WordTokenizer, "encode", by_letter)
+    pcm = np.concatenate([say(words), np.zeros(64_000, np.float32)])
+    out = words_of(engine.transcribe(pcm, OPTIONS))
+    assert [w.word for w in out] == words
+    assert len({w.emitted for w in out}) >= 4

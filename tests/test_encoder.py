@@ -172,6 +172,7 @@ def whisper():
             _, i, part = name.split(".", 2)
             module, kind = part.rsplit(".", 1)
             state[name] = own[f"blocks.{i}.{WHISPER_NAMES[module]}.{kind}"]
+    assert {id(value) for value in own.values()} <= {id(value) for value in state.values()}
     positions = theirs.state_dict()["embed_positions.weight"].clone()
     theirs.load_state_dict(state)
     return theirs, ours, positions

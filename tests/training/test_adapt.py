@@ -85,14 +85,14 @@ def test_ctc_loss_sums_over_all_paths(pieces):
     """Against every path written out; per piece of the batch; an empty row is all blank."""
     n_frames, text = 4, "z"  # a letter that no text has: the mark of a word, then the letter
     a, b = pieces.encode(text)
-    log_probs = torch.randn(2, n_frames, pieces.size, generator=torch.Generator().manual_seed(0))
+    log_probs = torch.randn(3, n_frames, pieces.size, generator=torch.Generator().manual_seed(0))
     log_probs = log_probs.log_softmax(dim=-1)
     total = 0.0
     for path in itertools.product([0, a, b], repeat=n_frames):
         if [p for p, _ in itertools.groupby(path) if p] == [a, b]:
             total += log_probs[0, range(n_frames), path].sum().exp().item()
-    blank = log_probs[1, :, 0].sum().item()
-    loss = ctc_loss(log_probs, [text, ""], pieces)
+    blank = log_probs[1:, :, 0].sum().item()
+    loss = ctc_loss(log_probs, [text, "", ""], pieces)
     assert loss.item() == pytest.approx((-np.log(total) - blank) / 2, rel=1e-5)
 
 

@@ -7,8 +7,9 @@ Out: one JSON document. Per folder: WER with intervals, per speaker, last words,
 in stream time, and the WER of the greedy CTC path of the same encoder in the same segments. On
 folders of noise: false words a minute. Recordings without text in any folder count as noise.
 
-Contract: texts and delays do not depend on the machine, its load or --batch. RTF does, and the
-result says how busy the machine was.
+Contract: texts and delays do not depend on the machine's load, and in float32 not on --batch
+either; int8 and bf16 round differently with more rows, so that near ties may flip. RTF depends on
+all of it, and the result says how busy the machine was and how many streams ran at once.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from bench.settings import Settings
 from sparqle_stream import testing
 from sparqle_stream.engine import Engine
 
-QUICK = Settings(vad="off")
+QUICK = Settings(vad="off", dtype="float32")
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_streams_at_once_change_nothing_but_the_time(tiny, idle, speech):
     """The tiny model writes nonsense that depends on every bit it hears."""
     sets = [manifests.read(speech)]
     alone = accuracy.measure(tiny, QUICK, sets)
-    together = accuracy.measure(tiny, Settings(vad="off", n_streams=3), sets)
+    together = accuracy.measure(tiny, replace(QUICK, n_streams=3), sets)
     assert alone["sets"][0]["speech"]["insertions"] + alone["sets"][0]["speech"]["words"] > 0
     assert comparable(together) == comparable(alone)
 

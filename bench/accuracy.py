@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -78,18 +77,12 @@ def measure(
 
     scorer = scoring.Scorer()
     busy_before = machine.busy_share()
-    watch, start = machine.Watch(), time.perf_counter()
+    under = machine.Conditions(busy_before)
     with closing(Engine(model, wanted.engine_config())) as engine:
         _warm_up(engine, wanted, sets)
         captioned = {s.name: _caption(engine, wanted, s) for s in sets}
     timing = _timing([c for of_set in captioned.values() for c in of_set])
-    timing |= {
-        "wall_seconds": round(time.perf_counter() - start, 1),
-        "peak_rss_mb": machine.peak_rss_mb(),
-        "others_share_before": round(busy_before, 3),
-        "others_share_during": round(watch.others(), 3),
-    }
-    timing["machine_was_busy"] = busy_before > machine.MAX_BUSY_SHARE
+    timing |= under.summary()
     if with_ctc:
         _hear(model, wanted, [one for of_set in captioned.values() for one in of_set])
     if transcripts is not None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +54,7 @@ def run(
 
     busy_before = machine.require_free(is_forced=is_forced)
     recordings = [recording for of_set in sets for recording in of_set.recordings]
-    watch, start = machine.Watch(), time.perf_counter()
+    under = machine.Conditions(busy_before)
     if is_virtual:
         takes = _play_all(
             players.VirtualEngine(model, wanted.engine_config()).play, wanted, recordings
@@ -70,20 +69,12 @@ def run(
     conditions = {
         "pace": "virtual" if is_virtual else "speed of speech",
         "packet_ms": 1000 * players.PACKET_SAMPLES // SAMPLE_RATE_HZ,
-        "wall_seconds": round(time.perf_counter() - start, 1),
-        "peak_rss_mb": machine.peak_rss_mb(),
-        "others_share_before": round(busy_before, 3),
-        "others_share_during": round(watch.others(), 3),
-        "machine_was_busy": busy_before > machine.MAX_BUSY_SHARE,
-    }
+    } | under.summary()
     return {
         "bench": "latency",
         "settings": wanted.summary(),
         "machine": machine.card(model.weights_hash, wanted.threads),
-        "sets": [
-            {"name": s.name, "recordings": len(s.recordings), "manifest_sha256": s.fingerprint}
-            for s in sets
-        ],
+        "sets": manifests.summary(sets),
         "timing": conditions,
     } | figures(takes)
 

@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,61 @@ def peak_rss_mb() -> float:
     """Most memory that this process has held at once, in 10^6 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one process has and has used at one moment."""
+
+    cpu_s: float  # of all its threads since it began
+    rss_mb: float
+    open_files: int
+    threads: int
+
+
+class Process:
+    """Another process by its id, or this one."""
+
+    def __init__(self, pid: int | None = None) -> None:
+        psutil = _psutil()
+        try:
+            self._process = psutil.Process(pid)
+        except psutil.NoSuchProcess as err:
+            raise ConfigError(f"there is no process {pid}", hint="ps shows their ids") from err
+
+    def read(self) -> Reading:
+        """Raises ConfigError for a process of somebody else."""
+        try:
+            with self._process.oneshot():
+                times = self._process.cpu_times()
+                return Reading(
+                    cpu_s=times.user + times.system,
+                    rss_mb=self._process.memory_info().rss / 1e6,
+                    open_files=self._process.num_fds(),
+                    threads=self._process.num_threads(),
+                )
+        except _psutil().Error as err:
+            raise ConfigError(
+                f"process {self._process.pid} cannot be read: {err}",
+                hint="is it running, and yours?",
+            ) from err
+
+
+class Conditions:
+    """What a run is done under, from now on; `busy_before` as `require_free` gave it."""
+
+    def __init__(self, busy_before: float) -> None:
+        self._busy_before = busy_before
+        self._watch, self._start = Watch(), time.perf_counter()
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "wall_seconds": round(time.perf_counter() - self._start, 1),
+            "peak_rss_mb": peak_rss_mb(),
+            "others_share_before": round(self._busy_before, 3),
+            "others_share_during": round(self._watch.others(), 3),
+            "machine_was_busy": self._busy_before > MAX_BUSY_SHARE,
+        }
 
 
 class Watch:

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparqle_stream.errors import ConfigError
 
@@ -85,6 +85,14 @@ def require_files(sets: Sequence[RecordingSet]) -> None:
                 raise ConfigError(
                     f"there is no file {recording.path}", hint=f"it is named in {of_set.name}"
                 )
+
+
+def summary(sets: Sequence[RecordingSet]) -> list[dict[str, Any]]:
+    """The sets as JSON: which, how many, and the fingerprint of their manifests."""
+    return [
+        {"name": s.name, "recordings": len(s.recordings), "manifest_sha256": s.fingerprint}
+        for s in sets
+    ]
 
 
 def bundled() -> RecordingSet:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import pkgutil
 import platform
 import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparqle_stream import __version__, messages
@@ -177,6 +175,8 @@ def _model_files(model: str, llm: str | None) -> list[Finding]:
 
 def _self_test(compute: str) -> list[Finding]:
     """Runs a random model over a second of noise, and sees which kernels that called."""
+    from sparqle_kernels import choice
+
     try:
         seconds, used = _run_tiny(compute)
     except SparqleError as err:
@@ -188,7 +188,9 @@ def _self_test(compute: str) -> list[Finding]:
     findings = [Finding("self-test", "ok", detail)]
     for kernel, implementations in sorted(used.items()):
         chosen = " and ".join(sorted(implementations))
-        findings.append(Finding(f"kernel {kernel}", "ok", f"{chosen} ({_why(kernel, compute)})"))
+        expected = choice.on_device(kernel, compute)
+        others = "" if chosen == expected.implementation else f"not {expected.implementation}: "
+        findings.append(Finding(f"kernel {kernel}", "ok", f"{chosen} ({others}{expected.reason})"))
     return findings
 
 
@@ -220,14 +222,3 @@ def _run_tiny(compute: str) -> tuple[float, dict[str, set[str]]]:
     if isinstance(events[-1], messages.Error):
         raise ModelError(events[-1].message, hint=events[-1].hint)
     return seconds, used
-
-
-def _why(kernel: str, compute: str) -> str:
-    """The reason for the choice that was seen."""
-    import sparqle_kernels
-
-    folders = [str(Path(folder) / kernel) for folder in sparqle_kernels.__path__]
-    others = {module.name for module in pkgutil.iter_modules(folders)} - {"reference"}
-    if not others:
-        return "the only implementation"
-    return f"for {compute}; there are reference, {', '.join(sorted(others))}"

@@ -58,9 +58,8 @@ def test_kernels_are_those_that_ran():
     """Seen while a model runs, not asked of the code that chooses: it cannot lie."""
     kernels = {f.topic.removeprefix("kernel "): f.detail for f in about(examine(), "kernel ")}
     assert {"chunk_attention", "query_attention", "decode_attention"} <= set(kernels)
-    for detail in kernels.values():
-        assert detail.startswith(("reference (", "cpu (", "cpu and reference ("))
-        assert "triton" not in detail.partition(" (")[0]
+    assert kernels["decode_attention"] == "cpu (written for a CPU)"
+    assert kernels["chunk_attention"].startswith("reference (on a CPU ")
 
 
 @pytest.mark.usefixtures("webcam")

@@ -13,21 +13,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sparqle_kernels.choice import choose
 from sparqle_kernels.decode_attention import cpu, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Plan = cpu.Plan | reference.Plan
+    from sparqle_kernels.decode_attention import triton
+
+    Plan = cpu.Plan | reference.Plan | triton.Plan
 
 __all__ = ["decode_attention", "make_plan"]
 
 
 def make_plan(slots: Tensor, lengths: Tensor, n_rows: int, n_groups: int) -> Plan:
-    """Chooses the implementation by the device of `slots`."""
-    if slots.device.type == "cpu":
-        return cpu.Plan.of(slots, lengths, n_rows, n_groups)
-    return reference.Plan.of(slots, lengths, n_rows, n_groups)
+    """What all layers of one pass share. Of three implementations the device decides."""
+    match choose("decode_attention", slots).implementation:
+        case "triton":
+            from sparqle_kernels.decode_attention import triton
+
+            return triton.Plan.of(slots, lengths, n_rows, n_groups)
+        case "cpu":
+            return cpu.Plan.of(slots, lengths, n_rows, n_groups)
+        case _:
+            return reference.Plan.of(slots, lengths, n_rows, n_groups)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:

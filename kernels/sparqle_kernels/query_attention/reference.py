@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 def query_attention(
     q: Tensor, k: Tensor, v: Tensor, age: Tensor, seen: Tensor, bias: Tensor
 ) -> Tensor:
-    """softmax(q k / sqrt(d) + bias[h, age]) v over the entries that are `seen`.
-
-    q (B, H, Q, d); k, v (B, H, L, d); age (B, Q, L) int64, the index of (key time - query time)
-    in the bias table (H, n_ages); seen (B, Q, L) bool, at least one entry for every query. What no
-    query sees may hold anything, NaN too. Returns (B, H, Q, d).
-    """
+    """q (B, H, Q, d), k, v (B, H, L, d), age, seen (B, Q, L), bias (H, n_ages) -> (B, H, Q, d)."""
     # The mask alone is not enough: 0 * NaN is NaN.
     unseen = ~seen.any(dim=1)[:, None, :, None]  # (B, 1, L, 1)
     k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)

@@ -1,0 +1,1 @@
+"""Softmax over keys that come tile by tile: Triton functions that the attention kernels share."""

@@ -1,0 +1,28 @@
+"""How exact a kernel has to be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_as_exact_as_pytorch(got: Tensor, pytorch: Tensor, truth: Tensor) -> None:
+    """The error against float64 is at most twice PyTorch's own in the same precision.
+
+    As a root mean square, and half a unit in the last place more: PyTorch is sometimes exact by
+    luck where there are only a few numbers.
+    """
+    assert (got.shape, got.dtype) == (pytorch.shape, pytorch.dtype)
+    got, pytorch, truth = got.detach().cpu(), pytorch.detach().cpu(), truth.detach().cpu()
+    assert got.isfinite().all(), "something was read that nobody wrote"
+    luck = torch.finfo(got.dtype).eps / 2 * rms(truth)
+    ours, theirs = rms(got.double() - truth), rms(pytorch.double() - truth)
+    assert ours <= 2 * theirs + luck, f"error {ours:.3g}, PyTorch's {theirs:.3g}"

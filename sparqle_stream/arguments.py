@@ -11,7 +11,7 @@ import argparse
 import difflib
 from typing import TYPE_CHECKING, NoReturn
 
-from sparqle_stream import __version__
+from sparqle_stream import __version__, serve_arguments
 from sparqle_stream.config import EngineConfig, StreamOptions
 from sparqle_stream.errors import ConfigError
 
@@ -22,7 +22,7 @@ PROG = "sparqle-stream"
 COMMANDS = {
     "transcribe": "caption files, standard input or the microphone (needs no command word)",
     "demo": "live captions of the bundled clip, with a latency line at the end",
-    "serve": "websocket server: OpenAI's realtime transcription and our own protocol",
+    "serve": "server with a page: websockets, files, and the dialects of other servers",
     "client": "caption a file or the microphone on a server",
     "doctor": "what works on this machine: Python, torch, audio devices, model files, kernels",
     "models": "list, pull, path or verify model files",
@@ -152,13 +152,6 @@ def _row(action: argparse.Action) -> str:
 # --- groups of options that several commands share ---------------------------------------------
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError("use a number above 0")
-    return value
-
-
 def _recognition(parser: Parser, *, is_remote: bool = False) -> None:
     """`is_remote`: what is not given is left to the server."""
     cfg = StreamOptions()
@@ -273,7 +266,7 @@ def _files(parser: Parser) -> None:
     )
     add(
         "--input-hz",
-        type=_positive,
+        type=serve_arguments.positive,
         default=16_000,
         metavar="HZ",
         help="sample rate of -, 8000 to 48000 Hz (default %(default)s)",
@@ -286,7 +279,7 @@ def _files(parser: Parser) -> None:
     )
     add(
         "--channels",
-        type=_positive,
+        type=serve_arguments.positive,
         default=1,
         metavar="N",
         help="interleaved channels of -, mixed down (default %(default)s)",
@@ -353,66 +346,11 @@ def _demo_parser(name: str) -> Parser:
 
 def _serve_parser(name: str) -> Parser:
     parser = Parser(name, description="Websocket server for many streams on one model.")
-    _address(parser)
-    _limits(parser)
+    serve_arguments.add_to(parser)
     _recognition(parser)
     _model(parser)
     _general(parser, has_config=True)
     return parser
-
-
-def _address(parser: Parser) -> None:
-    add = parser.add_argument_group("server").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    add(
-        "--port",
-        type=int,
-        default=8765,
-        metavar="N",
-        help="TCP port; 0 takes any free one (default %(default)s)",
-    )
-    add(
-        "--api-key",
-        default="",
-        metavar="KEY",
-        help="key that clients must send; needed for other addresses than this machine's"
-        " (default: none)",
-    )
-    add("--insecure", action="store_true", help="listen on other addresses without a key")
-    add(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="web page that may connect, such as https://example.org, or * (may be repeated;"
-        " default: pages of this machine)",
-    )
-
-
-def _limits(parser: Parser) -> None:
-    add = parser.add_argument_group("limits").add_argument
-    add(
-        "--slots",
-        type=_positive,
-        default=EngineConfig().n_slots,
-        metavar="N",
-        help="streams at a time; further ones are told that the server is busy"
-        " (default %(default)s)",
-    )
-    add(
-        "--idle-s",
-        type=float,
-        default=300.0,
-        metavar="S",
-        help="seconds after which a client that sends nothing is closed (default %(default)s)",
-    )
-    add(
-        "--drain-s",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="seconds that running streams may go on after SIGTERM (default %(default)s)",
-    )
 
 
 def _client_parser(name: str) -> Parser:

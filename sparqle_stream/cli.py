@@ -344,17 +344,27 @@ def demo_clip() -> tuple[Path, str]:
 
 def _serve(args: Namespace) -> int:
     from sparqle_stream import server
+    from sparqle_stream.server import logs
 
     cfg = server.ServerConfig(
         host=args.host,
         port=args.port,
         api_key=args.api_key,
+        api_keys=_keys_of(args.key_file),
         insecure=args.insecure,
         allow_origins=tuple(args.allow_origin),
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        wyoming_port=args.wyoming_port,
+        streams_per_key=args.streams_per_key,
+        max_stream_s=args.max_stream_s,
+        frames_per_s=args.frames_per_s,
         idle_s=args.idle_s,
         drain_s=args.drain_s,
         defaults=stream_options(args),
     )
+    if args.log == "json":
+        logs.use_json()
 
     def on_ready(address: str) -> None:
         print(f"listening on {address} with {args.slots} slots; Ctrl-C ends", flush=True)
@@ -362,6 +372,20 @@ def _serve(args: Namespace) -> int:
     with load_engine(args, args.slots) as engine:
         server.serve(engine, cfg, on_ready)
     return 0
+
+
+def _keys_of(name: str) -> tuple[str, ...]:
+    """The keys in a file, one a line. Raises ConfigError."""
+    if not name:
+        return ()
+    try:
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"--key-file {name} cannot be read: {err}", "one key a line") from err
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"--key-file {name} has no key in it", hint="one key a line")
+    return keys
 
 
 def _list_devices() -> int:

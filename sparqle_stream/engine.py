@@ -33,6 +33,7 @@ from sparqle_stream.errors import (
 from sparqle_stream.metrics import EngineMetrics, Histogram
 from sparqle_stream.session import Session
 from sparqle_stream.stream import TURN_SAMPLES, Floats, Inbox, Mark, Phase, Stream
+from sparqle_stream.vad import SegmentStart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -275,8 +276,12 @@ class Engine:
                 session.enqueue(found)
                 stream.n_inbox -= 0 if isinstance(item, Mark) else len(item)
                 self._change.notify_all()  # silence makes room without a step
+            stream.n_begun += sum(isinstance(event, SegmentStart) for event in found)
+            if item is Mark.FLUSH:
+                stream.flushes.append((stream.n_begun, stream.n_received - stream.n_inbox))
         for event in session.announce():
             self._emit(stream, event)
+        self._tell_flushed(stream)
         self._account({"vad": time.perf_counter() - start}, {stream: session})
         return session
 
@@ -339,6 +344,15 @@ class Engine:
         heard = stream.session.position if stream.session else 0
         lag = 0.0 if stream.is_idle else max(0, stream.n_received - heard) / SAMPLE_RATE_HZ
         self._hand_out(stream, replace(event, lag=lag))
+        if isinstance(event, messages.SpeechStopped):
+            stream.n_complete += 1
+            self._tell_flushed(stream)
+
+    def _tell_flushed(self, stream: Stream) -> None:
+        """Answers every flush before which no segment is left that has words to give."""
+        while stream.flushes and stream.flushes[0][0] <= stream.n_complete:
+            n_heard = stream.flushes.popleft()[1]
+            self._emit(stream, messages.Flushed(n_heard / SAMPLE_RATE_HZ))
 
     def _hand_out(self, stream: Stream, event: messages.Event) -> None:
         try:

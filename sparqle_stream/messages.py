@@ -51,6 +51,14 @@ class SpeechStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class Flushed:
+    """The answer to a flush: all words of what was received before it are out."""
+
+    time: float
+    lag: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Final:
     """Words that will never change. `text` is what to append to the transcript, spaces included."""
 
@@ -101,12 +109,13 @@ class Done:
     lag: float = 0.0
 
 
-Event = Ready | SpeechStarted | SpeechStopped | Final | Tail | Warning | Error | Done
+Event = Ready | SpeechStarted | SpeechStopped | Flushed | Final | Tail | Warning | Error | Done
 
 _NAMES: dict[str, type[Event]] = {
     "ready": Ready,
     "speech_started": SpeechStarted,
     "speech_stopped": SpeechStopped,
+    "flushed": Flushed,
     "final": Final,
     "tail": Tail,
     "warning": Warning,

@@ -67,6 +67,9 @@ class Stream:
         self._engine = engine
         self._inbox: deque[Floats | Mark] = deque()
         self.n_inbox = 0  # samples that the detector has not heard
+        self.n_begun = 0  # segments that the detector has found
+        self.n_complete = 0  # of these, whose words are all out
+        self.flushes: deque[tuple[int, int]] = deque()  # n_begun and samples heard at each flush
         self._on_event = on_event
         self._queue: queue.SimpleQueue[messages.Event | None] = queue.SimpleQueue()
 
@@ -79,7 +82,8 @@ class Stream:
         self._engine.feed(self, checked(pcm))
 
     def flush(self) -> None:
-        """Ends the open segment now, so that its last words come out; the stream goes on."""
+        """Ends the open segment now, so that its last words come out, then `Flushed`; the stream
+        goes on."""
         self._engine.mark(self, Mark.FLUSH)
 
     def finish(self) -> None:

@@ -10,30 +10,34 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 
-from sparqle_stream import __version__
 from sparqle_stream.errors import BusyError, ConfigError, SparqleError
-from sparqle_stream.server import request
+from sparqle_stream.server import probes, request, uploads
 from sparqle_stream.server.connection import Connection
+from sparqle_stream.server.deepgram import ListenDialect
 from sparqle_stream.server.hub import Hub
-from sparqle_stream.server.openai_realtime import RealtimeDialect
-from sparqle_stream.server.settings import ServerConfig
+from sparqle_stream.server.settings import ServerConfig, TooManyStreamsError
 from sparqle_stream.server.stream import StreamDialect
 from sparqle_stream.server.transport import AbortableProtocol
+from sparqle_stream.server.vllm_realtime import RealtimeRoute
+from sparqle_stream.server.whisper_live import WhisperLiveDialect
+from sparqle_stream.server.whisper_live_kit import AsrDialect
+from sparqle_stream.server.wyoming import WyomingServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
     from starlette.requests import Request
+    from starlette.responses import JSONResponse
     from starlette.websockets import WebSocket
 
     from sparqle_stream.engine import Engine
@@ -42,7 +46,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 DIALECTS: dict[str, Callable[[Connection], Dialect]] = {
     "/v1/stream": StreamDialect,
-    "/v1/realtime": RealtimeDialect,
+    "/v1/realtime": RealtimeRoute,
+    "/v1/listen": ListenDialect,
+    "/asr": AsrDialect,
+    "/": WhisperLiveDialect,
 }
 BACKLOG = 128  # handshakes that may wait
 STOP_S = 10.0  # for a thread that runs the server
@@ -50,11 +57,11 @@ STOP_S = 10.0  # for a thread that runs the server
 
 def create_app(engine: Engine, cfg: ServerConfig) -> Starlette:
     """Routes over one engine; the caller keeps and closes the engine."""
-    sockets = [WebSocketRoute(p, partial(_serve_dialect, make)) for p, make in DIALECTS.items()]
+    sockets = [WebSocketRoute(path, partial(_serve_dialect, path)) for path in DIALECTS]
     app = Starlette(
         routes=[
-            Route("/healthz", _health),
-            Route("/readyz", _ready),
+            *probes.routes(),
+            Route(uploads.ROUTE, uploads.transcribe, methods=["POST"]),
             *(Route(path, _needs_upgrade) for path in DIALECTS),
             *sockets,
             WebSocketRoute("/{path:path}", _no_route),
@@ -69,50 +76,56 @@ def serve(engine: Engine, cfg: ServerConfig, on_ready: Callable[[str], None] | N
 
     Raises ConfigError when the address cannot be used. The engine is not closed.
     """
-    listener = _listen(cfg)
-    server = _Server(create_app(engine, cfg))
-    if on_ready is not None:
-        on_ready(address_of(listener))
-    try:
+    _check_tls(cfg)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(cfg.host, cfg.port))
+        server = _Server(create_app(engine, cfg), _listen_wyoming(cfg, stack))
+        if on_ready is not None:
+            on_ready(address_of(listener, is_tls=bool(cfg.tls_cert)))
         server.run([listener])
-    finally:
-        listener.close()
 
 
 @contextlib.contextmanager
 def background(engine: Engine, cfg: ServerConfig | None = None) -> Iterator[str]:
     """A running server in a thread; yields its address, such as ws://127.0.0.1:40123."""
     cfg = cfg or ServerConfig(port=0)
-    listener = _listen(cfg)
-    server = _Server(create_app(engine, cfg))
-    thread = threading.Thread(target=server.run, args=([listener],), name="sparqle-server")
-    thread.start()
-    try:
-        yield address_of(listener)
-    finally:
-        server.stop()
-        thread.join(cfg.drain_s + STOP_S)
-        listener.close()
+    _check_tls(cfg)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(cfg.host, cfg.port))
+        server = _Server(create_app(engine, cfg), _listen_wyoming(cfg, stack))
+        thread = threading.Thread(target=server.run, args=([listener],), name="sparqle-server")
+        thread.start()
+        try:
+            yield address_of(listener, is_tls=bool(cfg.tls_cert))
+        finally:
+            server.stop()
+            thread.join(cfg.drain_s + STOP_S)
 
 
-def address_of(listener: socket.socket) -> str:
+def address_of(listener: socket.socket, *, is_tls: bool = False) -> str:
     """ws://HOST:PORT of a bound socket."""
     host, port = listener.getsockname()[:2]
-    return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+    scheme = "wss" if is_tls else "ws"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class _Server(uvicorn.Server):
     """uvicorn that drains first: by itself it would close every stream with 1012 at once."""
 
-    def __init__(self, app: Starlette) -> None:
+    def __init__(self, app: Starlette, wyoming: socket.socket | None) -> None:
         self._hub: Hub = app.state.hub
+        self._wyoming = WyomingServer(self._hub)
+        self._wyoming_listener = wyoming
+        cfg = self._hub.cfg
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="asyncio",
                 http="h11",
                 ws=AbortableProtocol,
-                ws_max_size=self._hub.cfg.message_bytes,
+                ws_max_size=cfg.message_bytes,
+                ssl_certfile=cfg.tls_cert or None,
+                ssl_keyfile=cfg.tls_key or None,
                 ws_per_message_deflate=False,  # audio does not shrink, and it costs latency
                 lifespan="off",
                 log_config=None,
@@ -134,31 +147,37 @@ class _Server(uvicorn.Server):
         """From another thread."""
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._wyoming_listener is not None:
+            await self._wyoming.start(self._wyoming_listener)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._hub.drain(lambda: self.force_exit)
+        await self._wyoming.stop()
         await super().shutdown(sockets)
 
 
-async def _serve_dialect(make: Callable[[Connection], Dialect], websocket: WebSocket) -> None:
+async def _serve_dialect(path: str, websocket: WebSocket) -> None:
     """One connection: refused over HTTP, or accepted and served."""
     hub: Hub = websocket.app.state.hub
-    if (answer := request.refusal(websocket, hub.cfg)) is not None:
-        await websocket.send_denial_response(answer)
-        return
-    link = Connection(websocket, hub)
+    link = Connection(websocket, hub, path)
     try:
-        with hub.admit(link):
-            link.dialect = dialect = make(link)
+        caller = request.check(websocket, hub.cfg)
+        with hub.admit(link, caller):
+            link.dialect = dialect = DIALECTS[path](link)
             try:
                 dialect.begin(websocket)
             except BusyError:
                 raise
             except SparqleError as err:
                 dialect.on_error(err)  # told once the connection is accepted
-            is_offered = dialect.SUBPROTOCOL in request.subprotocols(websocket)
-            await link.run(dialect.SUBPROTOCOL if is_offered else None)
-    except BusyError as err:
-        await websocket.send_denial_response(request.error_response(503, err))
+            offered = request.subprotocols(websocket)
+            chosen = (name for name in offered if name in dialect.SUBPROTOCOLS)
+            await link.run(next(chosen, None))
+    except (request.RefusedError, BusyError, TooManyStreamsError) as err:
+        hub.metrics.refusals.labels(err.code).inc()
+        await websocket.send_denial_response(request.refused(err))
 
 
 async def _no_route(websocket: WebSocket) -> None:
@@ -173,32 +192,33 @@ async def _needs_upgrade(http: Request) -> JSONResponse:
     return request.error_response(426, err, "upgrade_required")
 
 
-async def _health(http: Request) -> JSONResponse:
-    """200 while the process can answer, whatever its load."""
-    return JSONResponse({"status": "ok", "version": __version__})
+def _check_tls(cfg: ServerConfig) -> None:
+    """Raises ConfigError for files that are no certificate and key, before anything listens."""
+    if not cfg.tls_cert:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cfg.tls_cert, cfg.tls_key)
+    except (OSError, ValueError) as err:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"--tls-cert {cfg.tls_cert} and --tls-key {cfg.tls_key} cannot be used: {err}",
+            hint="PEM files: the certificate with its chain, and its private key",
+        ) from err
 
 
-async def _ready(http: Request) -> JSONResponse:
-    """200 while new streams are welcome; 503 while draining. A full server stays ready."""
-    hub: Hub = http.app.state.hub
-    n_slots = hub.engine.cfg.n_slots
-    state = {
-        "ready": not hub.is_draining,
-        "model": hub.model,
-        "slots": n_slots,
-        "slots_free": n_slots - len(hub.connections),
-    }
-    return JSONResponse(state, 503 if hub.is_draining else 200)
+def _listen_wyoming(cfg: ServerConfig, stack: contextlib.ExitStack) -> socket.socket | None:
+    if cfg.wyoming_port is None:
+        return None
+    listener = stack.enter_context(_listen(cfg.host, cfg.wyoming_port))
+    logger.info("Wyoming listens on port %d", listener.getsockname()[1])
+    return listener
 
 
-def _listen(cfg: ServerConfig) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     """A bound socket. Raises ConfigError with what to do."""
     try:
-        infos = socket.getaddrinfo(
-            cfg.host, cfg.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as err:
-        raise ConfigError(f"--host {cfg.host} is no address: {err}", hint="127.0.0.1") from err
+        raise ConfigError(f"--host {host} is no address: {err}", hint="127.0.0.1") from err
     family, kind, _, _, address = infos[0]
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -208,7 +228,7 @@ def _listen(cfg: ServerConfig) -> socket.socket:
     except OSError as err:
         listener.close()
         raise ConfigError(
-            f"cannot listen on {cfg.host}:{cfg.port}: {err.strerror}",
+            f"cannot listen on {host}:{port}: {err.strerror}",
             hint="another port with --port N, or 0 for any free one",
         ) from err
     return listener

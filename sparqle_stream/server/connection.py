@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.websockets import WebSocketDisconnect
 
@@ -24,11 +24,13 @@ from sparqle_stream.audio import AudioFormat
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ProtocolError, SparqleError
 from sparqle_stream.server import transport
-from sparqle_stream.server.settings import Close, IdleError, InternalError
+from sparqle_stream.server.settings import Close, IdleError, InternalError, close_code
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, MutableMapping
+
+    from starlette.requests import HTTPConnection
     from starlette.types import Message
-    from starlette.websockets import WebSocket
 
     from sparqle_stream.audio import Pcm
     from sparqle_stream.config import StreamOptions
@@ -78,12 +80,27 @@ def advance(phase: Phase, signal: Signal) -> Phase:
         ) from None
 
 
+class Wire(Protocol):
+    """What a connection needs of a websocket; a TCP protocol may look like one."""
+
+    scope: MutableMapping[str, Any]
+
+    async def accept(self, subprotocol: str | None = None) -> None: ...
+
+    async def receive(self) -> Message: ...
+
+    async def send_text(self, data: str) -> None: ...
+
+    async def close(self, code: int = 1000, reason: str | None = None) -> None: ...
+
+
 class Dialect(Protocol):
     """A thin translator between frames and the engine's events."""
 
-    SUBPROTOCOL: str  # chosen when the client offers it
+    @property
+    def SUBPROTOCOLS(self) -> tuple[str, ...]: ...  # the first that the client offers is chosen
 
-    def begin(self, websocket: WebSocket) -> None: ...
+    def begin(self, handshake: HTTPConnection) -> None: ...
 
     async def on_text(self, text: str) -> None: ...
 
@@ -93,13 +110,14 @@ class Dialect(Protocol):
 
     def on_error(self, err: SparqleError) -> None: ...
 
-    def on_draining(self) -> None: ...
+    def on_notice(self, code: str, message: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class CloseFrame:
     code: Close
-    reason: str
+    reason: str  # for the client; may repeat what it sent
+    why: str  # for the log; may not
 
 
 @dataclass(slots=True)
@@ -142,23 +160,42 @@ class Outbox:
         return self._frames.popleft().text
 
 
+class Pace:
+    """How long frames of one connection have to wait: `per_s` of them a second, and as many at
+    once after a rest."""
+
+    def __init__(self, per_s: float, clock: Callable[[], float]) -> None:
+        self._per_s = per_s
+        self._clock = clock
+        self._free_at = clock() - 1.0  # when the frames so far are paid for
+
+    def take(self) -> float:
+        """One frame more -> seconds that the next one has to wait."""
+        now = self._clock()
+        self._free_at = max(self._free_at, now - 1.0) + 1.0 / self._per_s
+        return max(0.0, self._free_at - now)
+
+
 class Connection:
     """Plumbing that all dialects share. Everything runs in the event loop's thread."""
 
-    def __init__(self, websocket: WebSocket, hub: Hub) -> None:
+    def __init__(self, websocket: Wire, hub: Hub, dialect_name: str = "") -> None:
         self.hub = hub
+        self.dialect_name = dialect_name
         self.phase = Phase.CONNECTING
         self.stream: Stream | None = None
+        self.stream_id = ""  # of the last stream, for logs
         self.n_fed = 0  # samples at 16 kHz, over all streams of this connection
         self.dialect: Dialect
-        self.is_restarting = False  # the server stops: nothing more is taken
+        self._last: CloseFrame | None = None  # we stop: nothing more is taken
         self.set_format(AudioFormat())
         self._websocket = websocket
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox(hub.cfg.outbox_events)
-        self._heard_at = self._loop.time()
+        self._heard_at = self._began_at = self._loop.time()
+        self._pace = Pace(hub.cfg.frames_per_s, self._loop.time)
         self._stream_token = object()  # events of a stream that was replaced carry an older one
-        self._ended_by = "the client hung up"
+        self._ended_by = CloseFrame(Close.LOST, "", "the client hung up")
 
     # --- what dialects call ----------------------------------------------------------------------
 
@@ -168,6 +205,7 @@ class Connection:
         self.stream = self.hub.engine.open(
             options, on_event=partial(self._from_worker, self._stream_token)
         )
+        self.stream_id = self.stream.id
 
     def cancel_stream(self) -> None:
         """Frees the engine's slot at once."""
@@ -188,19 +226,23 @@ class Connection:
         """The client says that nothing more comes."""
         self.phase = advance(self.phase, Signal.ENDED)
 
-    def close(self, code: Close, reason: str = "") -> None:
+    def close_for(self, error_code: str, message: str) -> None:
+        """The close after an error event."""
+        self.close(close_code(error_code), message, error_code)
+
+    def close(self, code: Close, reason: str = "", why: str = "") -> None:
         """A close frame goes out after what waits; the engine's slot is free from now on."""
         if self.phase in (Phase.CLOSING, Phase.CLOSED):
             return  # the first close frame counts
         self.phase = advance(self.phase, Signal.CLOSE)
-        self._ended_by = f"close {code.value} {reason}"
-        self._outbox.close(CloseFrame(code, reason))
+        self._ended_by = CloseFrame(code, reason, why)
+        self._outbox.close(self._ended_by)
         self.cancel_stream()
 
     def close_done(self) -> None:
         """Close after `Done`: everything that was sent is captioned."""
-        if self.is_restarting and self.phase is Phase.OPEN:  # the client had more to say
-            self.close(Close.RESTART, "the server restarts")
+        if self._last is not None and self.phase is Phase.OPEN:  # the client had more to say
+            self.close(self._last.code, self._last.reason, self._last.why)
         else:
             self.close(Close.NORMAL)
 
@@ -208,7 +250,7 @@ class Connection:
         """Ends the connection now, without a close frame."""
         logger.warning("connection cut: %s", why)
         self.phase = advance(self.phase, Signal.LOST)
-        self._ended_by = f"cut, {why}"
+        self._ended_by = CloseFrame(Close.LOST, "", f"cut, {why}")
         self.cancel_stream()
         transport.abort(self._websocket)
 
@@ -238,10 +280,12 @@ class Connection:
     async def _feed(self, pcm: Pcm, *, waits: bool) -> None:
         if waits:
             await self._wait_for_room(len(pcm) / SAMPLE_RATE_HZ)
-        if self.stream is None or self.is_restarting:
+        if self.stream is None or self.is_stopping:
             return  # ended meanwhile; whoever ended it tells the client
         self.stream.feed(pcm)
         self.n_fed += len(pcm)
+        if self.time_s > self.hub.cfg.max_stream_s:
+            self._stop_long()
         await asyncio.sleep(0)
 
     async def wait_for(self, event: asyncio.Event) -> None:
@@ -261,6 +305,11 @@ class Connection:
         await asyncio.sleep(POLL_S)
 
     @property
+    def is_stopping(self) -> bool:
+        """We end this connection: what was received is captioned, nothing more is taken."""
+        return self._last is not None
+
+    @property
     def time_s(self) -> float:
         """Seconds of audio received."""
         return self.n_fed / SAMPLE_RATE_HZ
@@ -274,35 +323,67 @@ class Connection:
 
     async def run(self, subprotocol: str | None = None) -> None:
         """Accepts and serves until either side ends. `dialect` has been set."""
-        try:
-            await self._websocket.accept(subprotocol)
-            if self.phase is Phase.CONNECTING:
-                self.phase = advance(self.phase, Signal.ACCEPTED)
-            await self._serve()
-        except (WebSocketDisconnect, OSError):
-            pass  # lost during the handshake
-        finally:
-            self.phase = advance(self.phase, Signal.LOST)
-            self.cancel_stream()
-            logger.info("connection ended: audio %.2f s, %s", self.time_s, self._ended_by)
+        metrics, name = self.hub.metrics, self.dialect_name
+        metrics.connections.labels(name).inc()
+        with metrics.open.labels(name).track_inprogress():
+            try:
+                await self._websocket.accept(subprotocol)
+                if self.phase is Phase.CONNECTING:
+                    self.phase = advance(self.phase, Signal.ACCEPTED)
+                await self._serve()
+            except (WebSocketDisconnect, OSError):
+                pass  # lost during the handshake
+            finally:
+                self.phase = advance(self.phase, Signal.LOST)
+                self._log_end()
+                self.cancel_stream()
+        metrics.closes.labels(str(int(self._ended_by.code))).inc()
 
-    def restart(self) -> None:
-        """The server stops: caption what was received, then close with 1012."""
-        self.is_restarting = True
+    def _log_end(self) -> None:
+        """One record per connection; nothing that was said is in it."""
+        fields = {
+            "dialect": self.dialect_name,
+            "stream": self.stream_id,
+            "audio_s": round(self.time_s, 3),
+            "open_s": round(self._loop.time() - self._began_at, 3),
+            "code": int(self._ended_by.code),
+            "reason": self._ended_by.why,
+        }
+        logger.info(
+            "connection ended: audio %.2f s, %d %s",
+            *(fields["audio_s"], fields["code"], fields["reason"]),
+            extra=fields,
+        )
+
+    def stop(self, code: Close, reason: str) -> None:
+        """Takes nothing more, captions what was received, then closes with `code`."""
+        self._last = self._last or CloseFrame(code, reason, reason)
         if self.stream is None:
             self.close_done()
         else:
             self.stream.finish()
+
+    def notify(self, code: str, message: str) -> None:
+        """Tells the client what it may want to know, where its dialect has words for it."""
+        self.dialect.on_notice(code, message)
+
+    def _stop_long(self) -> None:
+        if not self.is_stopping and self.phase is Phase.OPEN:
+            limit_s = self.hub.cfg.max_stream_s
+            self.notify("stream_too_long", f"a stream may last {limit_s:g} s")
+            self.stop(Close.POLICY, f"the limit of {limit_s:g} s is reached")
 
     async def _serve(self) -> None:
         tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
         try:
             while True:
                 done, _ = await asyncio.wait(
-                    tasks, timeout=self._idle_left_s(), return_when=asyncio.FIRST_COMPLETED
+                    tasks, timeout=self._time_left_s(), return_when=asyncio.FIRST_COMPLETED
                 )
                 if done:
                     return
+                if self._loop.time() - self._began_at >= self.hub.cfg.max_stream_s:
+                    self._stop_long()
                 if self._idle_left_s() == 0:
                     idle_s = self.hub.cfg.idle_s
                     self.dialect.on_error(
@@ -321,6 +402,14 @@ class Connection:
             return None
         return max(0.0, self._heard_at + self.hub.cfg.idle_s - self._loop.time())
 
+    def _time_left_s(self) -> float | None:
+        """Seconds until something has to be done about a client that is silent, or here too long;
+        None while there is nothing to wait for."""
+        idle_s = self._idle_left_s()
+        if idle_s is None or self.is_stopping:
+            return idle_s
+        return min(idle_s, max(0.0, self._began_at + self.hub.cfg.max_stream_s - self._loop.time()))
+
     async def _read(self) -> None:
         """Frames to the dialect, until the client is gone."""
         while True:
@@ -328,12 +417,25 @@ class Connection:
             if message["type"] == "websocket.disconnect":
                 return
             self._heard_at = self._loop.time()
-            if self.phase in (Phase.OPEN, Phase.DRAINING) and not self.is_restarting:
+            if self.phase in (Phase.OPEN, Phase.DRAINING) and not self.is_stopping:
                 try:
                     await self._dispatch(message)
                 except WebSocketDisconnect:
                     return
-            await asyncio.sleep(0)  # a burst of frames must not keep the writer from its turn
+            if not await self._keep_pace():
+                return
+            # A burst of frames must not keep the writer from its turn.
+            await asyncio.sleep(0)
+
+    async def _keep_pace(self) -> bool:
+        """Waits while frames come faster than allowed; False when the client left meanwhile."""
+        late_at = self._loop.time() + self._pace.take()
+        while self._loop.time() < late_at:
+            try:
+                await self._pause()
+            except WebSocketDisconnect:
+                return False
+        return True
 
     async def _dispatch(self, message: Message) -> None:
         try:
@@ -375,6 +477,7 @@ class Connection:
     def _deliver(self, token: object, event: Event) -> None:
         if token is not self._stream_token:
             return
+        self.hub.metrics.observe(event)
         try:
             self.dialect.on_event(event)
         except Exception:

@@ -13,6 +13,7 @@ import base64
 import binascii
 import json
 import secrets
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,12 @@ from sparqle_stream.errors import ConfigError, ProtocolError, SparqleError
 from sparqle_stream.server import openai_session, request
 from sparqle_stream.server.connection import Connection, Phase
 from sparqle_stream.server.openai_session import FieldError, SessionConfig
-from sparqle_stream.server.settings import Close, FrameTypeError, close_code
+from sparqle_stream.server.settings import Close, FrameTypeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from starlette.websockets import WebSocket
+    from starlette.requests import HTTPConnection
 
 QUERY_FIELDS = ("intent", "model")
 CLIENT_EVENTS = (
@@ -53,7 +54,7 @@ class Item:
 class RealtimeDialect:
     """Translates between one connection's frames and the engine's events."""
 
-    SUBPROTOCOL = "realtime"
+    SUBPROTOCOLS = ("realtime",)
 
     def __init__(self, link: Connection) -> None:
         self._link = link
@@ -70,9 +71,11 @@ class RealtimeDialect:
         self._committed_s = 0.0
         self._drained = asyncio.Event()
 
-    def begin(self, websocket: WebSocket) -> None:
-        self._send("session.created", session=self._wire_session())
-        fields = request.query(websocket, QUERY_FIELDS)
+    def begin(self, handshake: HTTPConnection) -> None:
+        # `id` and `created` are vLLM's: its dialect is told apart only by the client's first event.
+        created = {"id": f"sess-{self._tag}", "created": int(time.time())}
+        self._send("session.created", session=self._wire_session(), **created)
+        fields = request.query(handshake, QUERY_FIELDS)
         if fields.get("intent", "transcription") != "transcription":
             raise ConfigError(
                 f"intent={fields['intent'][:40]!r} is not served", hint="use intent=transcription"
@@ -99,7 +102,7 @@ class RealtimeDialect:
     def on_error(self, err: SparqleError) -> None:
         self._report(err, None)
 
-    def on_draining(self) -> None:
+    def on_notice(self, code: str, message: str) -> None:
         """The protocol has no word for it: the close code 1012 tells."""
 
     # --- from the client -------------------------------------------------------------------------
@@ -248,11 +251,11 @@ class RealtimeDialect:
             )
             self._item = None
         self._send_error(event.code, event.message, event.hint)
-        self._link.close(close_code(event.code), event.message)
+        self._link.close_for(event.code, event.message)
 
     def _on_done(self) -> None:
         self._drained.set()
-        if self._link.is_restarting:
+        if self._link.is_stopping:
             if self._item is not None:
                 self._commit_item(self._item)
                 self._complete_item(self._item)
@@ -293,9 +296,9 @@ class RealtimeDialect:
         param = err.param if isinstance(err, FieldError) else None
         self._send_error(err.code, err.message, err.hint, param, event_id)
         if self._link.phase is Phase.CONNECTING:
-            self._link.close(Close.POLICY, err.message)
+            self._link.close(Close.POLICY, err.message, err.code)
         elif err.code in FATAL:
-            self._link.close(close_code(err.code), err.message)
+            self._link.close_for(err.code, err.message)
 
     def _send_error(
         self,

@@ -1,12 +1,13 @@
 """What a client asks for before the first frame: key, origin, query.
 
-In: a websocket handshake. Out: nothing if it may go on, or the HTTP answer that refuses it; and
-the query as a checked dict. A field that is not known is an error that names the nearest one.
+In: a websocket handshake or another request. Out: who asks, or the HTTP answer that refuses it;
+and the query as a checked dict. A field that is not known is an error that names the nearest one.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import hmac
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from starlette.responses import JSONResponse
 
 from sparqle_stream.errors import BusyError, ConfigError, SparqleError
+from sparqle_stream.server.settings import TooManyStreamsError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -24,30 +26,48 @@ if TYPE_CHECKING:
 
 KEY_FIELDS = ("api_key", "token")  # query fields that may carry the key
 KEY_PROTOCOL = "openai-insecure-api-key."  # how a browser sends it: as a subprotocol
+KEY_SCHEMES = ("bearer", "token")  # of the header, and Deepgram's pair of subprotocols
 RETRY_AFTER_S = 5
 
 
-def refusal(request: HTTPConnection, cfg: ServerConfig) -> JSONResponse | None:
-    """401 for a missing or wrong key, 403 for a page of another host, None to go on."""
-    if cfg.api_key and not _has_key(request, cfg.api_key):
-        return error_response(
-            401,
-            SparqleError("missing or wrong API key", hint="send Authorization: Bearer KEY"),
-            "unauthorized",
-        )
+class RefusedError(SparqleError):
+    """Not with this key, not from this page; `status` is HTTP's."""
+
+    def __init__(self, status: int, code: str, message: str, hint: str) -> None:
+        super().__init__(message, hint)
+        self.status = status
+        self.code = code
+
+
+def check(request: HTTPConnection, cfg: ServerConfig) -> str:
+    """Who asks: a name that stands for the key, or the address where there are no keys.
+
+    Raises RefusedError: 401 for a missing or wrong key, 403 for a page of another host.
+    """
+    key = _find_key(request, cfg.keys)
+    if cfg.keys and not key:
+        hint = "send Authorization: Bearer KEY"
+        raise RefusedError(401, "unauthorized", "missing or wrong API key", hint)
     origin = request.headers.get("origin", "")
     if origin and not _is_allowed(origin, request.headers.get("host", ""), cfg.allow_origins):
-        return error_response(
-            403,
-            SparqleError(f"pages of {origin} may not connect", hint="serve --allow-origin ORIGIN"),
-            "forbidden_origin",
-        )
-    return None
+        hint = "serve --allow-origin ORIGIN"
+        raise RefusedError(403, "forbidden_origin", f"pages of {origin} may not connect", hint)
+    if key:
+        return f"key {hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return request.client.host if request.client else "nobody"
+
+
+def refused(err: SparqleError) -> JSONResponse:
+    """The HTTP answer for an error that comes before the upgrade."""
+    if isinstance(err, RefusedError):
+        return error_response(err.status, err)
+    return error_response(429 if isinstance(err, TooManyStreamsError) else 503, err)
 
 
 def error_response(status: int, err: SparqleError, code: str = "") -> JSONResponse:
     """A refusal in the shape of an error event; 503 and 429 say when to come back."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(err, BusyError) else None
+    is_later = isinstance(err, BusyError | TooManyStreamsError)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if is_later else None
     if status == 401:
         headers = {"WWW-Authenticate": "Bearer"}
     body = {"type": "error", "code": code or err.code, "message": err.message, "hint": err.hint}
@@ -83,18 +103,18 @@ def subprotocols(request: HTTPConnection) -> list[str]:
     return [name.strip() for line in offered for name in line.split(",")]
 
 
-def _has_key(request: HTTPConnection, key: str) -> bool:
+def _find_key(request: HTTPConnection, keys: Collection[str]) -> str:
+    """The first of `keys` that the request carries in any of the usual places, or ''."""
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-    given = [bearer.strip()] if scheme.lower() == "bearer" else []
+    given = [bearer.strip()] if scheme.lower() in KEY_SCHEMES else []
     given += [request.query_params.get(name, "") for name in KEY_FIELDS]
-    given += [
-        name.removeprefix(KEY_PROTOCOL)
-        for name in subprotocols(request)
-        if name.startswith(KEY_PROTOCOL)
-    ]
-    # Every candidate is compared in full: the time taken tells nothing about the key.
-    matches = [hmac.compare_digest(text.encode(), key.encode()) for text in given]
-    return any(matches)
+    offered = subprotocols(request)
+    given += [x.removeprefix(KEY_PROTOCOL) for x in offered if x.startswith(KEY_PROTOCOL)]
+    if len(offered) == 2 and offered[0] in KEY_SCHEMES:
+        given.append(offered[1])
+    # Every pair is compared in full: the time taken tells nothing about the keys.
+    found = [k for k in keys for g in given if hmac.compare_digest(g.encode(), k.encode())]
+    return found[0] if found else ""
 
 
 def _is_allowed(origin: str, host: str, allowed: Collection[str]) -> bool:

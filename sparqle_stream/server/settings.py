@@ -1,6 +1,7 @@
 """Settings of one server: where it listens, who may connect, every limit, every close code.
 
-The tables in docs/protocol.md repeat these names and numbers; tests/server/test_docs.py compares.
+The tables in docs/protocol.md repeat these names and numbers; tests/server/test_protocol_page.py
+compares.
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8765  # 0: any free port
-    api_key: str = ""  # empty: no key is asked for
+    api_key: str = ""  # empty, and no api_keys: no key is asked for
+    api_keys: tuple[str, ...] = ()  # more keys, one per customer: they share the limits below
     insecure: bool = False  # allow an address beyond this machine without a key
     allow_origins: tuple[str, ...] = ()  # web pages of other hosts that may connect; "*" for all
+    tls_cert: str = ""  # PEM files; both or none
+    tls_key: str = ""
+    wyoming_port: int | None = None  # Home Assistant's protocol over TCP; 0: any free port
+    streams_per_key: int = 0  # at a time, of one key (or address, without keys); 0: no limit
+    max_stream_s: float = 86_400.0  # of one connection, in audio or on the clock
+    frames_per_s: float = 1000.0  # of one connection; the rest is read later
     idle_s: float = 300.0  # a client that sends nothing for so long is closed
     drain_s: float = 30.0  # after SIGTERM, running streams may go on for so long
     send_s: float = 10.0  # a client that takes no byte for so long is cut
@@ -32,18 +40,36 @@ class ServerConfig:
     frame_bytes: int = MIB  # largest audio frame of /v1/stream
     append_bytes: int = 15 * MIB  # largest audio of one input_audio_buffer.append
     message_bytes: int = 21 * MIB  # largest websocket message of all: 15 MiB as base64, and JSON
+    upload_bytes: int = 256 * MIB  # largest file of /v1/audio/transcriptions
     defaults: StreamOptions = field(default_factory=StreamOptions)  # where a client says nothing
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port {self.port} is out of range", hint="use 1 to 65535")
-        if self.drain_s < 0 or min(self.idle_s, self.send_s) <= 0:
-            raise ConfigError("idle, send and drain times must be above 0", hint="seconds")
-        if not (self.api_key or self.insecure or is_loopback(self.host)):
+        if self.drain_s < 0 or min(self.idle_s, self.send_s, self.max_stream_s) <= 0:
+            raise ConfigError("idle, send, stream and drain times must be above 0", hint="seconds")
+        if self.streams_per_key < 0 or self.frames_per_s <= 0:
+            raise ConfigError("a limit on streams or frames is below 0", hint="use a number above")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("TLS needs two files", hint="give --tls-cert and --tls-key")
+        self._check_access()
+
+    def _check_access(self) -> None:
+        if not (self.keys or self.insecure or is_loopback(self.host)):
             raise ConfigError(
                 f"refusing to listen on {self.host} without a key",
                 hint="give --api-key KEY, or --insecure if the network is trusted",
             )
+        if self.wyoming_port is not None and not (self.insecure or is_loopback(self.host)):
+            raise ConfigError(
+                f"Wyoming has no keys: refusing to speak it on {self.host}",
+                hint="listen on this machine, or give --insecure if the network is trusted",
+            )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys that open the door."""
+        return tuple(key for key in (self.api_key, *self.api_keys) if key)
 
 
 def is_loopback(host: str) -> bool:
@@ -57,10 +83,11 @@ def is_loopback(host: str) -> bool:
 
 
 class Close(IntEnum):
-    """Websocket close codes that this server sends itself."""
+    """Websocket close codes that this server sends itself, and the one that it sees."""
 
     NORMAL = 1000
     WRONG_FRAME = 1003  # text where audio is expected, or the reverse
+    LOST = 1006  # never sent: the connection ended without a close frame
     INVALID = 1007  # a message that cannot be read
     POLICY = 1008  # the request cannot be served as it is: do not retry
     TOO_BIG = 1009
@@ -85,6 +112,12 @@ class UnknownModelError(SparqleError):
     """The client names a model that this server does not run."""
 
     code = "unknown_model"
+
+
+class TooManyStreamsError(SparqleError):
+    """One key, or one address, has as many streams open as it may."""
+
+    code = "too_many_streams"
 
 
 class IdleError(SparqleError):

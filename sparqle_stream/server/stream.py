@@ -20,13 +20,12 @@ from sparqle_stream.server.settings import (
     MAX_PROMPT_CHARS,
     FrameSizeError,
     FrameTypeError,
-    close_code,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from starlette.websockets import WebSocket
+    from starlette.requests import HTTPConnection
 
     from sparqle_stream.config import StreamOptions
 
@@ -50,14 +49,14 @@ class Request:
 class StreamDialect:
     """Translates between one connection's frames and the engine's events."""
 
-    SUBPROTOCOL = "sparqle-stream"
+    SUBPROTOCOLS = ("sparqle-stream",)
 
     def __init__(self, link: Connection) -> None:
         self._link = link
         self._request: Request
 
-    def begin(self, websocket: WebSocket) -> None:
-        fields = request.query(websocket, QUERY_FIELDS)
+    def begin(self, handshake: HTTPConnection) -> None:
+        fields = request.query(handshake, QUERY_FIELDS)
         if "model" in fields:
             self._link.hub.check_model(fields["model"])
         self._request = parse(fields, self._link.hub.cfg.defaults)
@@ -98,7 +97,7 @@ class StreamDialect:
                     self._link.send(messages.to_json(event), is_tail=True)
             case messages.Error():
                 self._link.send(messages.to_json(event))
-                self._link.close(close_code(event.code), event.message)
+                self._link.close_for(event.code, event.message)
             case messages.Done():
                 self._link.send(messages.to_json(event))
                 self._link.close_done()
@@ -109,10 +108,10 @@ class StreamDialect:
         link = self._link
         event = messages.Error(err.code, err.message, err.hint, link.time_s, link.lag_s)
         link.send(messages.to_json(event))
-        link.close(close_code(err.code), err.message)
+        link.close_for(err.code, err.message)
 
-    def on_draining(self) -> None:
-        self._warn("draining", f"the server stops in {self._link.hub.cfg.drain_s:g} s")
+    def on_notice(self, code: str, message: str) -> None:
+        self._warn(code, message)
 
     def _warn(self, code: str, message: str) -> None:
         event = messages.Warning(code, message, self._link.time_s, self._link.lag_s)

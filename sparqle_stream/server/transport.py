@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
-    from starlette.websockets import WebSocket
+    from sparqle_stream.server.connection import Wire
 
 ABORT = "sparqle.abort"
 IS_GONE = "sparqle.is_gone"
@@ -69,22 +70,27 @@ class AbortableProtocol(WebSocketsSansIOProtocol):
         self.close_timer = self.loop.call_later(delay_s, self.transport.close)
 
     def _is_gone(self) -> bool:
-        if self.transport.is_closing():
-            return True
-        if not hasattr(select, "poll"):  # Windows: noticed at the next write or ping instead
-            return False
-        # Only Linux has POLLRDHUP, a peer that closed in order; a reset is seen everywhere.
-        hung_up = select.POLLERR | select.POLLHUP | getattr(select, "POLLRDHUP", 0)
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), hung_up)
-        return bool(poll.poll(0))
+        return is_hung_up(self.transport)
 
 
-def abort(websocket: WebSocket) -> None:
+def is_hung_up(transport: asyncio.BaseTransport) -> bool:
+    """Whether the peer of a socket has closed or reset it, without reading."""
+    if transport.is_closing():
+        return True
+    if not hasattr(select, "poll"):  # Windows: noticed at the next write or ping instead
+        return False
+    # Only Linux has POLLRDHUP, a peer that closed in order; a reset is seen everywhere.
+    hung_up = select.POLLERR | select.POLLHUP | getattr(select, "POLLRDHUP", 0)
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), hung_up)
+    return bool(poll.poll(0))
+
+
+def abort(websocket: Wire) -> None:
     """Cut the connection now, without a close frame."""
     cast("Callable[[], None]", websocket.scope["extensions"][ABORT])()
 
 
-def is_gone(websocket: WebSocket) -> bool:
+def is_gone(websocket: Wire) -> bool:
     """Whether the peer has hung up."""
     return cast("Callable[[], bool]", websocket.scope["extensions"][IS_GONE])()

@@ -141,9 +141,13 @@ def test_flush_brings_the_last_words_out_and_goes_on(engine, url, speech):
         for half in halves:
             websocket.send(s16(half))
             websocket.send('{"type": "flush"}')
-            while not (found and isinstance(found[-1], messages.SpeechStopped)):
+            found.append(messages.from_json(websocket.recv(timeout=WAIT_S)))
+            while not isinstance(found[-1], messages.Flushed):
                 found.append(messages.from_json(websocket.recv(timeout=WAIT_S)))
-            found.append(messages.Done(0.0, 0.0, 0.0))  # so that the next loop waits anew
+        flushed = [e.time for e in found if isinstance(e, messages.Flushed)]
+        assert flushed == [2.0, 4.0]
+        websocket.send('{"type": "flush"}')  # nothing to bring out: answered all the same
+        assert isinstance(messages.from_json(websocket.recv(timeout=WAIT_S)), messages.Flushed)
         websocket.send('{"type": "end"}')
         assert [type(e) for e in rest(websocket)] == [messages.Done]
     assert rounded(words(found)) == rounded(words(expected))

@@ -1,0 +1,263 @@
+"""Files over HTTP: an upload to disk, its sound through an engine stream, an answer.
+
+An upload counts as a stream from its first byte on: the same slots, keys, drain and metrics.
+Whatever ends a request (answer, hang-up, limit, restart), its slot is free afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from sparqle_stream import audio, messages
+from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.errors import BusyError, ConfigError, SparqleError
+from sparqle_stream.server import openai_files, request
+from sparqle_stream.server.settings import FrameSizeError, IdleError, TooManyStreamsError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from starlette.types import Message
+
+    from sparqle_stream.engine import Stream
+    from sparqle_stream.server.hub import Hub
+    from sparqle_stream.server.settings import Close
+
+ROUTE = "/v1/audio/transcriptions"
+BLOCK_SAMPLES = SAMPLE_RATE_HZ // 2
+COPY_BYTES = 1 << 20
+POLL_S = 0.5
+FORM_FIELDS = 64
+FIELD_BYTES = 64 << 10
+STATUS = {
+    "busy": 503,
+    "internal": 500,
+    "model": 500,
+    "too_many_streams": 429,
+    "frame_too_big": 413,
+    "model_not_found": 404,
+    "idle_timeout": 408,
+}
+
+
+class Upload:
+    """One request; in the hub it stands beside the websocket connections."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._stream: Stream | None = None
+        self._events: asyncio.Queue[messages.Event | SparqleError] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._is_over = threading.Event()
+
+    # --- what the hub calls ----------------------------------------------------------------------
+
+    def notify(self, code: str, message: str) -> None:
+        """HTTP has no word for it."""
+
+    def stop(self, code: Close, reason: str) -> None:
+        """The server stops: a part of a transcript is no answer."""
+        del code
+        self._fail(BusyError(reason, hint="send the file again"))
+
+    def close(self, code: Close, reason: str = "", why: str = "") -> None:
+        del why
+        self.stop(code, reason)
+
+    def cut(self, why: str) -> None:
+        """Nothing is left to cut: the answer is an error by now."""
+
+    # --- life ------------------------------------------------------------------------------------
+
+    async def events(
+        self, path: Path, asked: openai_files.Request
+    ) -> AsyncGenerator[messages.Event, None]:
+        """Events of the file up to Done. Raises the SparqleError that ends it instead."""
+        self._stream = self._hub.engine.open(asked.options, on_event=self._from_worker)
+        pump = asyncio.create_task(asyncio.to_thread(self._pump, self._stream, path))
+        try:
+            while True:
+                event = await self._events.get()
+                if isinstance(event, SparqleError):
+                    raise event
+                self._hub.metrics.observe(event)
+                if isinstance(event, messages.Error):
+                    raise _as_exception(event)
+                yield event
+                if isinstance(event, messages.Done):
+                    return
+        finally:
+            self._is_over.set()
+            self._stream.cancel()
+            await asyncio.gather(pump, return_exceptions=True)
+
+    def _pump(self, stream: Stream, path: Path) -> None:
+        """The file into the stream, as fast as there is room; in a thread of its own."""
+        try:
+            for pcm in audio.stream_file(path, BLOCK_SAMPLES):
+                while not stream.wait_for_room(len(pcm) / SAMPLE_RATE_HZ, timeout=POLL_S):
+                    if self._is_over.is_set():
+                        return
+                if self._is_over.is_set():
+                    return
+                stream.feed(pcm)
+                if stream.n_received > self._hub.cfg.max_stream_s * SAMPLE_RATE_HZ:
+                    limit = f"at most {self._hub.cfg.max_stream_s:g} s"
+                    raise FrameSizeError("the recording is too long", hint=limit)
+            stream.finish()
+        except SparqleError as err:
+            self._loop.call_soon_threadsafe(self._fail, err)
+
+    def _from_worker(self, event: messages.Event) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def _fail(self, err: SparqleError) -> None:
+        self._is_over.set()
+        self._events.put_nowait(err)
+
+
+async def transcribe(http: HttpRequest) -> Response:
+    """POST of one file."""
+    hub: Hub = http.app.state.hub
+    upload = Upload(hub)
+    stack = contextlib.ExitStack()  # what has to be given back when the answer is out
+    try:
+        stack.enter_context(hub.admit(upload, request.check(http, hub.cfg)))
+        stack.enter_context(hub.metrics.open.labels(ROUTE).track_inprogress())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparqle-upload-"))
+        path, asked = await _receive(http, hub, Path(folder))
+        result = openai_files.result(asked, hub.model)
+        hub.metrics.connections.labels(ROUTE).inc()
+        events = upload.events(path, asked)
+        if asked.is_streamed:
+            media_type = "text/event-stream"
+            answer = StreamingResponse(_stream(events, result, stack), media_type=media_type)
+            stack = contextlib.ExitStack()  # the generator gives back
+            return answer
+        return await _whole(http, events, result)
+    except (request.RefusedError, BusyError, TooManyStreamsError) as err:
+        hub.metrics.refusals.labels(err.code).inc()
+        return _refusal(err)
+    except SparqleError as err:
+        return _refusal(err)
+    finally:
+        stack.close()
+
+
+async def _receive(http: HttpRequest, hub: Hub, folder: Path) -> tuple[Path, openai_files.Request]:
+    """The form's file on disk and its other fields, checked."""
+    limit = hub.cfg.upload_bytes
+    n_bytes = 0
+
+    async def receive() -> Message:
+        nonlocal n_bytes
+        try:
+            async with asyncio.timeout(hub.cfg.idle_s):
+                message = await http.receive()
+        except TimeoutError:
+            raise IdleError(f"no byte came for {hub.cfg.idle_s:g} s", "send it again") from None
+        n_bytes += len(message.get("body", b""))
+        if n_bytes > limit:
+            raise FrameSizeError(f"a file of over {limit >> 20} MiB", hint="send it in parts")
+        return message
+
+    try:
+        form = await HttpRequest(http.scope, receive).form(
+            max_files=1, max_fields=FORM_FIELDS, max_part_size=FIELD_BYTES
+        )
+    except HTTPException as err:
+        raise ConfigError(f"not a form: {err.detail}", hint="multipart/form-data") from err
+    async with contextlib.AsyncExitStack() as opened:
+        opened.push_async_callback(form.close)
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise ConfigError("there is no file in the form", hint="a part called file")
+        rest = [(name, value) for name, value in form.multi_items() if name != "file"]
+        asked = openai_files.parse(rest, hub.model, hub.cfg.defaults)
+        path = folder / "upload"
+        with path.open("wb") as out:
+            while data := await file.read(COPY_BYTES):
+                await asyncio.to_thread(out.write, data)
+    return path, asked
+
+
+async def _whole(
+    http: HttpRequest, events: AsyncGenerator[messages.Event, None], result: openai_files.Result
+) -> Response:
+    """The answer once everything is captioned; a client that hangs up ends it early."""
+    gather = asyncio.create_task(_gather(events, result))
+    hang_up = asyncio.create_task(_hang_up(http))
+    try:
+        await asyncio.wait({gather, hang_up}, return_when=asyncio.FIRST_COMPLETED)
+        if gather.done():
+            gather.result()
+            body, media_type = result.body()
+            return Response(body, media_type=media_type)
+        return Response(status_code=499)  # nobody reads it
+    finally:
+        for task in (gather, hang_up):
+            task.cancel()
+        await asyncio.gather(gather, hang_up, return_exceptions=True)
+
+
+async def _gather(
+    events: AsyncGenerator[messages.Event, None], result: openai_files.Result
+) -> None:
+    async with contextlib.aclosing(events):
+        async for event in events:
+            result.add(event)
+
+
+async def _hang_up(http: HttpRequest) -> None:
+    """Returns when the client is gone; its body has been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(
+    events: AsyncGenerator[messages.Event, None],
+    result: openai_files.Result,
+    stack: contextlib.ExitStack,
+) -> AsyncIterator[str]:
+    """Server-sent events; an error is one, too: the status has been sent."""
+    with stack:
+        try:
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    is_first = not result.transcript.text
+                    result.add(event)
+                    if isinstance(event, messages.Final):
+                        yield result.delta(event, is_first=is_first)
+            result.transcript.finish()
+            yield result.done()
+        except SparqleError as err:
+            body = openai_files.error_body(err, _kind(err))
+            yield f"data: {json.dumps({'type': 'error'} | body, ensure_ascii=False)}\n\n"
+
+
+def _refusal(err: SparqleError) -> Response:
+    """An error before anything was answered."""
+    status = err.status if isinstance(err, request.RefusedError) else STATUS.get(err.code, 400)
+    headers = {"Retry-After": str(request.RETRY_AFTER_S)} if status in (429, 503) else None
+    return JSONResponse(openai_files.error_body(err, _kind(err)), status, headers)
+
+
+def _kind(err: SparqleError) -> str:
+    return "server_error" if STATUS.get(err.code, 400) >= 500 else "invalid_request_error"
+
+
+def _as_exception(event: messages.Error) -> SparqleError:
+    err = SparqleError(event.message, event.hint)
+    err.code = event.code
+    return err

@@ -1,11 +1,13 @@
 """Latency: `python -m bench.latency [FILE|FOLDER...]` plays recordings and times every word.
 
-In: recordings, or folders with a manifest.jsonl; without any, the bundled clip. They are played in
-20 ms packets at the speed of speech through one engine in this process, one stream at a time, or
-with --virtual as fast as the machine goes (bench.players says what is the same then).
+In: recordings, or folders with a manifest (bench.manifests); without any, the bundled clip. They
+are played in 20 ms packets at the speed of speech, one stream at a time: through an engine in this
+process; with --server through our own websocket server here; with --url to one that runs; or with
+--virtual as fast as the machine goes (bench.players says what is the same then).
 Out: one JSON document. Emission delay of words, first word after the start of speech, end of speech
-to final: algorithmic (stream time that had to be heard) and with compute (wall clock). Compute per
-chunk and per stage, RTF. The first seconds of the first recording are played before, to warm up.
+to final: algorithmic (stream time that had to be heard) and with compute (wall clock); AL, LAAL and
+DAL of both (bench.lagging). Compute per chunk and per stage, RTF, the bound of the memory bus. The
+first seconds of the first recording are played before, to warm up. --trace has every chunk.
 
 Contract: refuses to time on a machine that others use, unless --force; the result says so then.
 """
@@ -14,13 +16,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import closing
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import machine, manifests, settings
+from bench import lagging, machine, manifests, plots, settings
 from bench.delays import Delays, algorithmic, measure, percentiles_ms
+from sparqle_stream import messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,7 +36,9 @@ if TYPE_CHECKING:
     from bench.manifests import Recording, RecordingSet
     from bench.players import Progress, Take
     from bench.settings import Settings
+    from bench.trace import Trace
     from sparqle_stream.config import StreamOptions
+    from sparqle_stream.engine import Engine
     from sparqle_stream.models import SparqleModel
 
     Pcm = npt.NDArray[np.float32]
@@ -40,47 +47,95 @@ if TYPE_CHECKING:
 WARM_UP_S = 3.0
 
 
-def run(
-    model: SparqleModel,
-    wanted: Settings,
-    sets: Sequence[RecordingSet],
-    *,
-    is_virtual: bool,
-    is_forced: bool = False,
-) -> dict[str, Any]:
+def run(args: argparse.Namespace, wanted: Settings, sets: Sequence[RecordingSet]) -> dict[str, Any]:
     """The whole benchmark."""
-    from bench import players
-    from sparqle_stream.engine import Engine
+    from bench import bounds, players
+    from bench.trace import Trace
 
-    busy_before = machine.require_free(is_forced=is_forced)
+    model = None if args.url else wanted.load_model()
+    trace = Trace(0.0 if args.virtual else None) if args.trace else None
     recordings = [recording for of_set in sets for recording in of_set.recordings]
-    under = machine.Conditions(busy_before)
-    if is_virtual:
-        takes = _play_all(
-            players.VirtualEngine(model, wanted.engine_config()).play, wanted, recordings
-        )
-    else:
-        with closing(Engine(model, wanted.engine_config())) as engine:
-
-            def play(pcm: Pcm, options: StreamOptions, progress: Progress) -> Take:
-                return players.play(engine, pcm, options, progress)
-
-            takes = _play_all(play, wanted, recordings)
+    under = machine.Conditions(machine.require_free(is_forced=args.force))
+    with ExitStack() as stack:
+        takes = _play_all(_player(args, wanted, model, trace, stack), wanted, recordings)
     conditions = {
-        "pace": "virtual" if is_virtual else "speed of speech",
+        "pace": "virtual" if args.virtual else "speed of speech",
+        "through": _through(args),
         "packet_ms": 1000 * players.PACKET_SAMPLES // SAMPLE_RATE_HZ,
     } | under.summary()
+    if trace is not None:
+        trace.write(args.trace)
     return {
         "bench": "latency",
-        "settings": wanted.summary(),
-        "machine": machine.card(model.weights_hash, wanted.threads),
+        "settings": wanted.summary() | _told_by_server(args, takes),
+        "machine": machine.card(model.weights_hash if model else "", wanted.threads),
         "sets": manifests.summary(sets),
         "timing": conditions,
-    } | figures(takes)
+        "bound": bounds.of_chunk(model, wanted.chunk_ms) if model else None,
+    } | figures(takes, [len(r.text.split()) for r in recordings])
 
 
-def figures(takes: Sequence[Take]) -> dict[str, Any]:
-    """What is reported of recordings that were played."""
+def _player(
+    args: argparse.Namespace,
+    wanted: Settings,
+    model: SparqleModel | None,
+    trace: Trace | None,
+    stack: ExitStack,
+) -> Player:
+    """Whoever plays one recording; what has to be closed afterwards goes on the stack."""
+    from bench import players
+    from bench.trace import traced_engine
+    from sparqle_stream import engine as engines
+    from sparqle_stream import server
+
+    if model is None:
+        return _remote(args, wanted, args.url, None)
+    cfg = wanted.engine_config()
+    if args.virtual:
+        return players.VirtualEngine(model, cfg, trace).play
+    make = engines.Engine if trace is None else partial(traced_engine, trace=trace)
+    engine = stack.enter_context(make(model, cfg))
+    if args.server:
+        server_cfg = server.ServerConfig(port=0, drain_s=0.0)
+        url = stack.enter_context(server.background(engine, server_cfg))
+        return _remote(args, wanted, url, engine)
+
+    def play(pcm: Pcm, options: StreamOptions, progress: Progress) -> Take:
+        return players.play(engine, pcm, options, progress)
+
+    return play
+
+
+def _remote(args: argparse.Namespace, wanted: Settings, url: str, engine: Engine | None) -> Player:
+    """A player over /v1/stream; what the steps cost is known of an engine here only."""
+    from bench import players
+
+    query: dict[str, str | int] = {"chunk_ms": wanted.chunk_ms, "delay_ms": wanted.delay_ms}
+    query |= {"vad": wanted.vad, "vad_stop_ms": wanted.vad_stop_ms}
+    metrics = None if engine is None else engine.metrics
+
+    def play(pcm: Pcm, options: StreamOptions, progress: Progress) -> Take:
+        del options  # they are in the query
+        return players.play_remote(url, pcm, query, args.api_key, progress, metrics)
+
+    return play
+
+
+def _through(args: argparse.Namespace) -> str:
+    """What was played to; the address of a server is nobody's business."""
+    if args.url:
+        return "a server, dialect stream"
+    return "our server, dialect stream" if args.server else "the engine, in process"
+
+
+def _told_by_server(args: argparse.Namespace, takes: Sequence[Take]) -> dict[str, str]:
+    """The model that another process runs; its precision is not told."""
+    names = {e.model for take in takes for e in take.events if isinstance(e, messages.Ready)}
+    return {"model": ", ".join(sorted(names)), "dtype": "its own"} if args.url else {}
+
+
+def figures(takes: Sequence[Take], n_reference: Sequence[int] = ()) -> dict[str, Any]:
+    """What is reported of recordings that were played; n_reference: words of their texts, or 0."""
     heard, clocked = Delays(), Delays()
     for take in takes:
         heard.extend(algorithmic(take.events))
@@ -97,6 +152,7 @@ def figures(takes: Sequence[Take]) -> dict[str, Any]:
         "with_compute": clocked.summary(),
         "word_times_from": "the engine's CTC path",
         "words_with_unsure_end": heard.n_unsure,
+        "lagging": _lagging(takes, n_reference or [0] * len(takes)),
         "chunk_compute_ms": percentiles_ms(chunks),
         "stage_ms_per_audio_second": {
             stage: round(1000 * seconds / audio_s, 2) for stage, seconds in stages.items()
@@ -106,6 +162,15 @@ def figures(takes: Sequence[Take]) -> dict[str, Any]:
         "rtf": round(compute_s / audio_s, 4),
         "latest_packet_ms": round(1000 * max(take.late_s for take in takes), 1),
     }
+
+
+def _lagging(takes: Sequence[Take], n_reference: Sequence[int]) -> dict[str, lagging.Lagging]:
+    heard, clocked = [], []
+    for take, n_words in zip(takes, n_reference, strict=True):
+        times = lagging.of_words((event.time, event) for event in take.events)
+        heard.append((times, take.duration, n_words))
+        clocked.append((lagging.of_words(take.arrivals), take.duration, n_words))
+    return {"algorithmic": lagging.summary(heard), "with_compute": lagging.summary(clocked)}
 
 
 def _play_all(player: Player, wanted: Settings, recordings: Sequence[Recording]) -> list[Take]:
@@ -140,11 +205,17 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.latency", description=__doc__)
     add = parser.add_argument
     add("paths", nargs="*", type=Path, metavar="FILE|FOLDER", help="recordings or manifests")
-    add("--virtual", action="store_true", help="do not wait for the clock")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--virtual", action="store_true", help="do not wait for the clock")
+    where.add_argument("--server", action="store_true", help="through our own server, started here")
+    where.add_argument("--url", help="through a server that runs: ws://HOST:PORT")
+    add("--api-key", default="", metavar="KEY", help="of the server")
+    add("--trace", type=Path, metavar="FILE.json", help="every chunk, for chrome://tracing")
     add("--force", action="store_true", help="time on a busy machine, and say so in the result")
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--every", type=int, default=1, metavar="N", help="of folders, each n-th")
     some.add_argument("--limit", type=int, metavar="N", help="of folders, the first n")
+    plots.add_option(parser)
     settings.add_options(parser)
     return parser
 
@@ -164,12 +235,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     def measured() -> dict[str, Any]:
         wanted = settings.from_args(args)
         wanted.stream_options()  # wrong options are said before a model is loaded
+        plots.require(args.plot)
+        if args.trace and args.url:
+            raise ConfigError("a server elsewhere cannot be traced", hint="--server, or no --url")
         sets = _sets(args)
         manifests.require_files(sets)
         if not args.force:
             machine.require_free(is_forced=False)  # before the minutes that loading may take
-        model = wanted.load_model()
-        return run(model, wanted, sets, is_virtual=args.virtual, is_forced=args.force)
+        result = run(args, wanted, sets)
+        plots.draw(result, args.plot)
+        return result
 
     return settings.run_and_print(measured, args.output)
 

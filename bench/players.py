@@ -5,10 +5,12 @@ with the wall clock by the engine's own thread. `play_virtual` runs the same ses
 one thread, as fast as they go, and keeps the books of the queue that a live engine would have: a
 chunk begins when it is heard and the one before is done. Words and stream times are the same, and
 so is the compute per chunk; what is missing are the delays that the operating system adds.
+`play_remote` speaks to a server's /v1/stream and stamps events when they arrive here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from dataclasses import dataclass, field
@@ -22,11 +24,12 @@ from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 
     import numpy as np
     import numpy.typing as npt
 
+    from bench.trace import Trace
     from sparqle_stream.config import EngineConfig, StreamOptions
     from sparqle_stream.engine import Engine
     from sparqle_stream.metrics import EngineMetrics
@@ -130,11 +133,62 @@ def play(
     return take
 
 
+def play_remote(
+    url: str,
+    pcm: Pcm,
+    query: Mapping[str, str | int],
+    api_key: str = "",
+    progress: Progress = lambda seconds: None,
+    metrics: Callable[[], EngineMetrics] | None = None,
+) -> Take:
+    """pcm (S,) at the speed of speech to a server; `metrics` if its engine is in this process.
+
+    Raises ServerError for a server that is not there, or refuses.
+    """
+    return asyncio.run(_play_remote(url, pcm, query, api_key, progress, metrics))
+
+
+async def _play_remote(
+    url: str,
+    pcm: Pcm,
+    query: Mapping[str, str | int],
+    api_key: str,
+    progress: Progress,
+    metrics: Callable[[], EngineMetrics] | None,
+) -> Take:
+    from bench.targets import Outcome, paced
+    from sparqle_stream import client
+
+    take, pace, meter = Take(), Outcome(), metrics and StepMeter(metrics)
+
+    async def blocks() -> AsyncIterator[Pcm]:
+        async for packet in paced(packets(pcm), pace):
+            yield packet
+            progress(len(packet) / SAMPLE_RATE_HZ)
+            if meter:
+                meter.read()
+
+    async for event in client.stream(url, blocks(), options=query, api_key=api_key):
+        since = pace.began_at or time.perf_counter()  # nothing was spoken before the first packet
+        take.arrivals.append((time.perf_counter() - since, event))
+    last = take.arrivals[-1][1]
+    if not isinstance(last, messages.Done):
+        raise RuntimeError(f"the stream failed: {last}")
+    if meter:
+        meter.read()
+        take.chunk_seconds, take.stage_seconds = meter.chunk_seconds, meter.stages()
+    take.duration, take.compute_seconds = last.duration, last.compute_seconds
+    take.late_s = pace.late_s
+    return take
+
+
 class VirtualEngine:
     """One stream at a time in the caller's thread, on a clock that only computing moves."""
 
-    def __init__(self, model: SparqleModel, cfg: EngineConfig) -> None:
+    def __init__(self, model: SparqleModel, cfg: EngineConfig, trace: Trace | None = None) -> None:
+        """`trace` gets the spans of all streams, one stream after the other, from second 0 on."""
         self._model, self._cfg = model, cfg
+        self._trace, self._trace_end = trace, 0.0
         self._batch = Batch(model, 1)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -156,6 +210,9 @@ class VirtualEngine:
             run.hear(packet)
             progress(len(packet) / SAMPLE_RATE_HZ)
         run.finish()
+        if self._trace is not None:
+            run.write(self._trace, self._trace_end)
+            self._trace_end += run.take.arrivals[-1][0]
         return run.take
 
 
@@ -168,6 +225,8 @@ class _VirtualRun:
         self._n_heard = 0
         self._free_at = 0.0
         self._events: list[messages.Event] = []  # of the last chunk
+        self._parts: dict[str, float] = {}  # seconds of the last chunk, in their order
+        self._spans: list[tuple[str, float, float, dict[str, float]]] = []
 
     def hear(self, packet: Pcm) -> None:
         """The packet arrives with its last sample; the detector and full chunks run."""
@@ -183,6 +242,12 @@ class _VirtualRun:
         done = messages.Done(duration, self.take.compute_seconds, duration)
         self.take.arrivals.append((self._free_at, done))
 
+    def write(self, trace: Trace, origin: float) -> None:
+        """All spans, with the stages of each chunk; second 0 of the stream is `origin`."""
+        for what, start, spent, parts in self._spans:
+            trace.span(what, origin + start, spent)
+            trace.stages(origin + start + spent, parts)
+
     def _work(self) -> None:
         self._arrive(self._session.announce())
         while self._session.has_chunk:
@@ -193,8 +258,11 @@ class _VirtualRun:
     def _step(self) -> None:
         begin = self._clock()
         result = self._batch.run({0: self._session})
+        ran = self._clock()
         self._events = list(self._session.take(result.tokens[0]))
-        outside = self._clock() - begin - sum(result.seconds.values())
+        end, inside = self._clock(), sum(result.seconds.values())
+        outside = end - begin - inside
+        self._parts = {"begin": ran - begin - inside} | result.seconds | {"words": end - ran}
         stages = self.take.stage_seconds
         for stage, seconds in (*result.seconds.items(), ("captions", outside)):
             stages[stage] = stages.get(stage, 0.0) + seconds
@@ -204,7 +272,9 @@ class _VirtualRun:
         begin = self._clock()
         work()
         spent = self._clock() - begin
-        self._free_at = max(self._free_at, self.take.duration) + spent
+        start = max(self._free_at, self.take.duration)
+        self._free_at = start + spent
+        self._spans.append((what, start, spent, self._parts if what == "chunk" else {}))
         self.take.compute_seconds += spent
         if what == "vad":
             stages = self.take.stage_seconds

@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import latency, manifests, players, report
+from bench import latency, players, report
 from bench.players import StepMeter, Take, VirtualEngine
-from bench.settings import Settings
 from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.engine import Engine
@@ -180,16 +179,83 @@ def folder(make_folder):
     )
 
 
-@pytest.mark.parametrize("is_virtual", [True, False], ids=["virtual", "live"])
-def test_a_whole_run_gives_a_page(oracle, idle, folder, is_virtual):
-    sets = [manifests.read(folder)]
-    result = latency.run(oracle, Settings(vad="off", threads=1), sets, is_virtual=is_virtual)
+@pytest.fixture
+def command(oracle, idle, folder, monkeypatch, capsys):
+    monkeypatch.setattr("sparqle_stream.models.load", lambda *_, **__: oracle)
+    monkeypatch.setattr("bench.latency.WARM_UP_S", 0.3)
+    monkeypatch.setattr("bench.bounds.PROBE_BYTES", 1 << 20)
+
+    def command(*arguments: str) -> dict:
+        assert latency.main([str(folder), "--vad", "off", "--threads", "1", *arguments]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return command
+
+
+@pytest.mark.parametrize("where", ["--virtual", "", "--server"])
+def test_a_whole_run_gives_a_page(command, where):
+    result = command(*where.split())
     assert result["algorithmic"]["emission_ms"]["n"] == 3  # the warm-up does not count
     seconds = (2 * 1 + 10) * 0.04 + 3 * 0.16
     assert result["audio_seconds"] == pytest.approx(seconds, abs=0.01)
     page = report.render([("x.json", json.loads(json.dumps(result)))])
     assert result["timing"]["pace"] in page
     assert "sets/two (files: 2)" in page
+    assert result["bound"]["chunk_ms_at_least"] > 0
+    assert result["chunk_compute_ms"]["n"] >= 4
+    # Stream time is the same whatever the words went through.
+    assert result["lagging"]["algorithmic"]["recordings"] == 2
+    heard, clocked = result["lagging"]["algorithmic"], result["lagging"]["with_compute"]
+    assert heard["dal_ms"] <= clocked["dal_ms"]
+
+
+def test_stream_times_do_not_depend_on_the_way(command):
+    virtual, socket = command("--virtual"), command("--server")
+    assert socket["algorithmic"] == virtual["algorithmic"]
+    assert socket["lagging"]["algorithmic"] == virtual["lagging"]["algorithmic"]
+    assert socket["timing"]["through"] == "our server, dialect stream"
+
+
+def test_a_server_that_runs_elsewhere(idle, folder, capsys):
+    """No weights are loaded here, and nothing is known of its steps."""
+    from sparqle_stream import server
+
+    engine = testing.oracle_engine(CFG)
+    with engine, server.background(engine, server.ServerConfig(port=0, drain_s=0.0)) as url:
+        assert latency.main([str(folder), "--url", url, "--vad", "off"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["settings"]["model"] == "tiny"
+    assert (result["machine"]["weights_hash"], result["bound"]) == ("", None)
+    assert result["algorithmic"]["emission_ms"]["n"] == 3
+    assert result["chunk_compute_ms"]["n"] == 0
+    assert url not in json.dumps(result)
+
+
+def test_a_server_that_is_not_there(idle, folder, capsys):
+    assert latency.main([str(folder), "--url", "ws://127.0.0.1:1"]) == 2
+    assert "hint: " in capsys.readouterr().err
+
+
+def test_lagging_knows_the_references():
+    """Words at 1 and 2 s of 4, by the clock 0.1 and 0.3 later, where one word was to be said.
+
+    AL: (1 - 0 + 2 - 4) / 2; LAAL takes the two that were written: (1 - 0 + 2 - 2) / 2.
+    """
+    take = take_of(1.1, 2.5)
+    late = Final(" you", (Word("you", 1.2, 1.5, 2.0),), 0, 2.0)
+    take.arrivals.insert(2, (2.3, late))
+    take.duration = 4.0
+    got = latency.figures([take], [1])["lagging"]
+    assert got["algorithmic"] == {
+        "recordings": 1,
+        "al_ms": -500.0,
+        "laal_ms": 500.0,
+        "dal_ms": 1000.0,
+    }
+    assert got["with_compute"]["al_ms"] == -300.0
+    assert got["with_compute"]["laal_ms"] == 700.0
+    # Without a text the words that were written are counted.
+    assert latency.figures([take])["lagging"]["algorithmic"]["al_ms"] == 500.0
 
 
 def test_a_busy_machine_is_refused_before_anything_is_loaded(monkeypatch, folder, capsys):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparqle_stream.models import SparqleModel
+    from sparqle_stream.writer import Writer
 
 
 class Batch:
@@ -44,11 +45,12 @@ class Batch:
             pcm[row] = torch.from_numpy(turn.pcm)
             delay_ms[row] = sessions[row].options.delay_ms
 
-        def allow(log_probs: Tensor) -> Tensor:
-            allowed = torch.zeros(self.n_slots, dtype=torch.int64)
-            for row, session in sessions.items():
-                allowed[row] = session.allow(log_probs[row])
-            return allowed.to(device)
+        def hear(log_probs: Tensor) -> list[Writer | None]:
+            log_probs = log_probs.cpu()
+            return [
+                sessions[row].hear(log_probs[row]) if row in sessions else None
+                for row in range(self.n_slots)
+            ]
 
         self.state, result = pipeline.step(
             self.model,
@@ -56,7 +58,7 @@ class Batch:
             pcm.to(device),
             self._mask(rows),
             delay_ms.to(device),
-            allow,
+            hear,
         )
         return result
 

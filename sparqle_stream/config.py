@@ -183,6 +183,26 @@ class StreamOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class WriterConfig:
+    """How tokens are chosen and a chunk's text ends: by the LLM, or by LLM and CTC together.
+
+    Chosen on development sets for the weights that they are stored with.
+    """
+
+    ctc_weight: float = 0.0  # of log CTC prefix scores beside the LLM's log-probability; 0: no CTC
+    stop_threshold: float = 0.5  # probability above which the stop head ends a chunk's text
+    stop_weight: float = 0.5  # of the stop head's logit beside CTC's odds
+    due_odds: float = 3.0  # log-odds to go on while the heard path has a word that is due
+
+    def __post_init__(self) -> None:
+        if not (self.ctc_weight >= 0 and 0 < self.stop_threshold < 1):
+            raise ConfigError(
+                "ctc_weight must be 0 or more and stop_threshold between 0 and 1",
+                hint="see WriterConfig",
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shapes of one whole model; stored as JSON beside its weights."""
 
@@ -193,6 +213,7 @@ class ModelConfig:
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
+    writer: WriterConfig = field(default_factory=WriterConfig)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ Latency: none of its own; a chunk's words leave with the chunk's last query.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sparqle_stream.config import LlmConfig
+    from sparqle_stream.writer import Writer
+
+N_CANDIDATES = 12  # tokens of each row that its writer may choose from
 
 
 @lru_cache(maxsize=8)
@@ -175,7 +177,6 @@ class Llm(nn.Module):
         self.norm = RmsNorm(cfg.width, cfg.rms_eps)
         self.register_module("head", None)
         self.stop = nn.Linear(cfg.width, 1)
-        self.stop_threshold = 0.5  # probability above which a chunk's text ends
 
     def blocks(self) -> Iterator[Layer]:
         return cast("Iterator[Layer]", iter(self.layers))
@@ -267,28 +268,52 @@ def prefill(llm: Llm, state: LlmState, ids: Sequence[list[int] | None]) -> LlmSt
 
 @torch.inference_mode()
 def step(
-    llm: Llm, state: LlmState, queries: Tensor, active: Tensor, max_new: Tensor
+    llm: Llm, state: LlmState, queries: Tensor, active: Tensor, writers: Sequence[Writer | None]
 ) -> tuple[LlmState, list[list[int]]]:
-    """One chunk: queries (B, Q, E) of the active rows in, at most max_new (B,) tokens a row out.
+    """One chunk: queries (B, Q, E) of the active rows in, what their writers choose out.
 
     The stop head is asked before every token and before the vocabulary is touched. Each token's
     embedding is appended, the last one's too: the next chunk's queries follow it.
     """
     tokens: list[list[int]] = [[] for _ in range(queries.shape[0])]
     state = append(llm, state, queries, active)
-    slots = active.nonzero()[:, 0]
-    stop_at = math.log(llm.stop_threshold / (1.0 - llm.stop_threshold))
-    n_written = 0
-    while len(slots := slots[max_new[slots] > n_written]):
-        slots = slots[llm.stop(state.hidden[slots])[:, 0] <= stop_at]
-        if not len(slots):
+    going = active.nonzero()[:, 0].tolist()
+    while going:
+        stop = llm.stop(state.hidden[going])[:, 0].tolist()
+        going = [slot for slot, s in zip(going, stop, strict=True) if _of(writers, slot).goes_on(s)]
+        if not going:
             break
-        ids = llm.logits(state.hidden[slots]).argmax(dim=-1)  # (b,)
-        for slot, token in zip(slots.tolist(), ids.tolist(), strict=True):
+        ids = [
+            _of(writers, slot).pick(*best)
+            for slot, best in zip(
+                going, _best(llm, state.hidden[going], going, writers), strict=True
+            )
+        ]
+        for slot, token in zip(going, ids, strict=True):
             tokens[slot].append(token)
-        _append_slots(llm, state, llm.embed(ids[:, None]), slots)
-        n_written += 1
+        slots, chosen = (torch.tensor(x, device=state.length.device) for x in (going, ids))
+        _append_slots(llm, state, llm.embed(chosen[:, None]), slots)
     return state, tokens
+
+
+def _of(writers: Sequence[Writer | None], slot: int) -> Writer:
+    writer = writers[slot]
+    assert writer is not None, "an active row needs a writer"
+    return writer
+
+
+def _best(
+    llm: Llm, hidden: Tensor, slots: list[int], writers: Sequence[Writer | None]
+) -> list[tuple[list[int], list[float]]]:
+    """The likeliest tokens of each row, and those that its writer suggests: ids, log-probs."""
+    log_probs = llm.logits(hidden).float().log_softmax(dim=-1)  # (b, V)
+    values, ids = log_probs.topk(min(N_CANDIDATES, log_probs.shape[1]), dim=-1)
+    out = list(zip(ids.tolist(), values.tolist(), strict=True))
+    for (known, scores), slot, row in zip(out, slots, log_probs, strict=True):
+        more = [i for i in dict.fromkeys(_of(writers, slot).suggest()) if i not in known]
+        known += more
+        scores += row[more].tolist()
+    return out
 
 
 def _append_slots(llm: Llm, state: LlmState, embeds: Tensor, slots: Tensor) -> None:

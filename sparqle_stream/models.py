@@ -30,7 +30,7 @@ __all__ = ["SparqleModel", "Tokenizer", "list_models", "load", "load_llm", "path
 
 RANDOM_TINY = "random:tiny"
 # Stored in config.json beside the fields of ModelConfig.
-BESIDE_CONFIG: dict[str, Any] = {"stop_threshold": 0.5, "lora_scale": 1.0, "sha256": {}}
+BESIDE_CONFIG: dict[str, Any] = {"lora_scale": 1.0, "sha256": {}}
 
 
 class Tokenizer(Protocol):
@@ -148,7 +148,6 @@ def _read(folder: Path, source: str | Path) -> SparqleModel:
     weights.load_into(model.ctc, weights.part(bridge, "ctc"))
     weights.load_into(model.qformer, weights.part(bridge, "qformer"))
     weights.load_into(model.llm.stop, weights.part(bridge, "stop"))
-    model.llm.stop_threshold = float(beside["stop_threshold"])
     return model
 
 

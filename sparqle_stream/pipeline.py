@@ -2,7 +2,7 @@
 
     pcm -> features -> encoder -> ctc
                               \\-> qformer -> llm -> tokens
-                                            ^ allow(ctc log-probs): how many tokens a row may write
+                                            ^ hear(ctc log-probs): writers, a row each
 
 The only file that knows the order of the stages. Contract: every stage is causal and gated by
 `active` (B,), so a row gives what it gives alone; state is written in place and the old one is dead
@@ -24,8 +24,10 @@ from sparqle_stream.config import CHUNK_MS_RANGE, DELAY_MS_RANGE, QUERY_MS
 
 if TYPE_CHECKING:
     from sparqle_stream.models import SparqleModel
+    from sparqle_stream.writer import Writer
 
-Allow = Callable[[Tensor], Tensor]  # CTC log-probs (B, C, V) -> most new tokens per row (B,)
+# CTC log-probs (B, C, V) -> who chooses each row's tokens; None for rows without a chunk.
+Hear = Callable[[Tensor], "Sequence[Writer | None]"]
 PREFIX_TOKENS = 48  # context or prompt; training saw no more
 # Queries that may have to be heard again after a seam: the longest delay and one chunk.
 N_RECENT = (DELAY_MS_RANGE[1] + CHUNK_MS_RANGE[1]) // QUERY_MS
@@ -43,7 +45,7 @@ class PipelineState:
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
     log_probs: Tensor  # (B, C, V) CTC
-    tokens: list[list[int]]  # per row; shorter than its allowance: the model stopped by itself
+    tokens: list[list[int]]  # per row
     seconds: dict[str, float] = field(default_factory=dict)  # wall clock per stage
 
 
@@ -66,11 +68,11 @@ def step(
     pcm: Tensor,
     active: Tensor,
     delay_ms: Tensor,
-    allow: Allow,
+    hear: Hear,
 ) -> tuple[PipelineState, ChunkResult]:
     """pcm (B, S), active (B,), delay_ms (B,) -> tokens per row. S is one chunk of every row.
 
-    `allow` is asked between hearing and writing: text that CTC did not hear is not written.
+    `hear` is called between hearing and writing: text that CTC did not hear is not written.
     """
     lap = _Laps()
     state.features, mel = features.step(model.cfg.features, state.features, pcm, active)
@@ -85,9 +87,9 @@ def step(
     queries = queries.to(state.recent.dtype)
     _remember(state.recent, queries, active)
     lap("qformer")
-    max_new = allow(log_probs)
+    writers = hear(log_probs)
     lap("captions")
-    state.llm, tokens = llm.step(model.llm, state.llm, queries, active, max_new)
+    state.llm, tokens = llm.step(model.llm, state.llm, queries, active, writers)
     lap("llm")
     return state, ChunkResult(log_probs, tokens, lap.seconds)
 

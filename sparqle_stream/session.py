@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparqle_stream import messages, pipeline, vad
-from sparqle_stream.captions import Captions, Spoken
+from sparqle_stream.captions import CTC_MS, Captions, Spoken
 from sparqle_stream.config import (
     FRAME_LAG_SAMPLES,
     FRAME_SAMPLES,
@@ -26,9 +26,11 @@ from sparqle_stream.config import (
     SAMPLE_RATE_HZ,
     StreamOptions,
 )
+from sparqle_stream.ctc_prefix import CtcPrefix, PieceTable
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.metrics import Histogram
 from sparqle_stream.segments import Chunk, SegmentQueue
+from sparqle_stream.writer import Greedy, Heard, Joint, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +89,8 @@ class Session:
         self._detector = vad.load_detector(options.vad)
         self._vad = vad.init_state(self._detector)
         self._queue = SegmentQueue(options.chunk_samples, FLUSH_SAMPLES + delay_samples)
+        self._pieces = PieceTable.of(model.pieces)
+        self._heard = self._nothing_heard()
         self._captions = Captions(self._cfg, model.tokenizer, model.pieces, delay_samples)
         self._chunk: Chunk | None = None  # being run
         self._slot = _Slot()
@@ -140,6 +144,7 @@ class Session:
         self._chunk = chunk = self._queue.next_chunk()
         if chunk.is_first:
             self._captions.begin(chunk.origin)
+            self._heard = self._nothing_heard()
             return self._begin(Start.SEGMENT, n_again=0)
         if self._slot.wants_seam:
             # After a loop there is nothing to go on from: it was neither heard nor worth repeating.
@@ -158,11 +163,19 @@ class Session:
         self._n_segment += 1
         return Turn(self._chunk.pcm, start, prefix, n_again)
 
-    def allow(self, log_probs: Tensor) -> int:
-        """log_probs (C, V) of the chunk -> how many tokens the LLM may write in it."""
+    def hear(self, log_probs: Tensor) -> Writer:
+        """log_probs (C, V) of the chunk -> who chooses its tokens."""
         self._captions.hear(log_probs.argmax(dim=-1).tolist())
-        self._slot.n_allowed = self._captions.allowance(self.options.chunk_samples)
-        return self._slot.n_allowed
+        self._slot.n_allowed = n_most = self._captions.allowance(self.options.chunk_samples)
+        cfg = self._model.cfg.writer
+        if cfg.ctc_weight == 0:
+            return Greedy(n_most, cfg.stop_threshold)
+        self._heard.prefix.hear(log_probs)
+        return Joint(self._heard, n_most, self.options.delay_ms // CTC_MS)
+
+    def _nothing_heard(self) -> Heard:
+        model = self._model
+        return Heard(model.cfg.writer, model.tokenizer, CtcPrefix(self._pieces))
 
     def take(self, tokens: list[int]) -> Iterator[messages.Event]:
         """The chunk's tokens -> its events."""

@@ -252,7 +252,7 @@ class OracleBatch:
         tokens: list[list[int]] = [[] for _ in range(self.n_slots)]
         for row, session in sessions.items():
             turn = session.next_turn()
-            n_allowed = session.allow(self._hear(row, turn))
+            n_allowed = session.hear(self._hear(row, turn)).n_most
             slot = self.slots[row]
             slot.unsaid += self._write(slot, session.options.delay_ms)
             tokens[row], slot.unsaid = slot.unsaid[:n_allowed], slot.unsaid[n_allowed:]

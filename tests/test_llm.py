@@ -9,6 +9,7 @@ from sparqle_stream import llm as llm_stage
 from sparqle_stream.config import LlmConfig
 from sparqle_stream.errors import ModelError
 from sparqle_stream.llm import Llm
+from sparqle_stream.writer import Greedy
 
 CFG = LlmConfig(
     width=48, n_layers=3, n_heads=6, n_kv_heads=2, head_width=8, ffn=96, vocab=61, n_slot=64
@@ -34,14 +35,18 @@ def queries_of(seed, n_chunks, batch=1):
     return torch.randn(n_chunks, batch, N_QUERIES, CFG.width, generator=gen)
 
 
-def decode_alone(llm, chunks, prefix=(1, 5, 7), max_new=3):
+def greedy(*most):
+    return [Greedy(n) for n in most]
+
+
+def decode_alone(llm, chunks, prefix=(1, 5, 7), max_new=3, threshold=0.5):
     """One stream by itself: chunks (n, Q, E) -> tokens per chunk and the state at the end."""
     state = llm_stage.init_state(CFG, 1)
     state = llm_stage.prefill(llm, state, [list(prefix)])
     out = []
     for chunk in chunks:
         state, tokens = llm_stage.step(
-            llm, state, chunk[None], torch.tensor([True]), torch.tensor([max_new])
+            llm, state, chunk[None], torch.tensor([True]), [Greedy(max_new, threshold)]
         )
         out.append(tokens[0])
     return out, state
@@ -55,9 +60,7 @@ def test_steps_equal_the_training_forward(llm):
     state = llm_stage.init_state(CFG, 1)
     state = llm_stage.prefill(llm, state, [prefix])
     for chunk in chunks:
-        state, tokens = llm_stage.step(
-            llm, state, chunk[None], torch.tensor([True]), torch.tensor([3])
-        )
+        state, tokens = llm_stage.step(llm, state, chunk[None], torch.tensor([True]), greedy(3))
         parts += [chunk, llm.embed(torch.tensor(tokens[0], dtype=torch.int64))]
         hidden = llm.forward_train(torch.cat(parts)[None])[0]
         assert int(state.length[0]) == len(hidden)
@@ -102,7 +105,7 @@ def test_a_row_is_alone(llm, seed):
     state = llm_stage.init_state(CFG, batch)
     fed = [[] for _ in range(batch)]  # chunks since the last reset
     said = [[] for _ in range(batch)]
-    cap = torch.tensor([3, 1, 2, 0])
+    cap = [3, 1, 2, 0]
     for i in range(n_steps):
         full = state.n_free < N_QUERIES + 3
         reset = (torch.rand(batch, generator=gen) < 0.1) | full
@@ -113,7 +116,7 @@ def test_a_row_is_alone(llm, seed):
         state = llm_stage.prefill(llm, state, begin)
         active = torch.rand(batch, generator=gen) < 0.6
         before = state.length.clone(), state.hidden.clone(), state.k.clone()
-        state, tokens = llm_stage.step(llm, state, chunks[i], active, cap)
+        state, tokens = llm_stage.step(llm, state, chunks[i], active, greedy(*cap))
         assert torch.equal(state.length[~active], before[0][~active])
         assert torch.equal(state.hidden[~active], before[1][~active])
         assert torch.equal(state.k[:, ~active], before[2][:, ~active])
@@ -124,7 +127,7 @@ def test_a_row_is_alone(llm, seed):
             else:
                 assert tokens[row] == []
     for row in range(batch):
-        alone, lone = decode_alone(llm, fed[row], max_new=int(cap[row]))
+        alone, lone = decode_alone(llm, fed[row], max_new=cap[row])
         assert said[row] == alone
         n = int(state.length[row])
         assert n == int(lone.length[0])
@@ -139,7 +142,7 @@ def test_written_bytes_never_change(llm):
         n = state.length.tolist()
         before = [x[:, b, :, : n[b]].clone() for x in (state.k, state.v) for b in range(2)]
         active = torch.tensor([True, i % 2 == 0])
-        state, _ = llm_stage.step(llm, state, chunk, active, torch.tensor([2, 3]))
+        state, _ = llm_stage.step(llm, state, chunk, active, greedy(2, 3))
         after = [x[:, b, :, : n[b]] for x in (state.k, state.v) for b in range(2)]
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
@@ -150,7 +153,7 @@ def test_state_is_written_in_place(llm):
     where = [x.data_ptr() for x in (state.k, state.v, state.length, state.hidden)]
     state = llm_stage.prefill(llm, state, [[1], None])
     state, _ = llm_stage.step(
-        llm, state, queries_of(3, 1, 2)[0], torch.tensor([True, True]), torch.tensor([2, 2])
+        llm, state, queries_of(3, 1, 2)[0], torch.tensor([True, True]), greedy(2, 2)
     )
     llm_stage.reset_rows(state, torch.tensor([True, False]))
     assert [x.data_ptr() for x in (state.k, state.v, state.length, state.hidden)] == where
@@ -172,10 +175,34 @@ def test_a_full_slot_is_an_error(llm):
 
 def test_threshold_decides_when_to_stop(llm):
     chunks = queries_of(0, 4)[:, 0]
-    llm.stop_threshold = 1e-6
-    assert decode_alone(llm, chunks)[0] == [[], [], [], []]
-    llm.stop_threshold = 1.0 - 1e-9
-    assert [len(t) for t in decode_alone(llm, chunks)[0]] == [3, 3, 3, 3]
+    assert decode_alone(llm, chunks, threshold=1e-6)[0] == [[], [], [], []]
+    assert [len(t) for t in decode_alone(llm, chunks, threshold=1.0 - 1e-9)[0]] == [3, 3, 3, 3]
+
+
+def test_a_writer_chooses_among_the_best_and_what_it_suggests(llm):
+    """Ids best first with their log-probabilities; a suggestion is appended once, with its own."""
+    offered = []
+
+    class Picky(Greedy):
+        def suggest(self):
+            return [2, 2, 9]
+
+        def pick(self, ids, log_probs):
+            offered.append((list(ids), list(log_probs)))
+            self.n_written += 1
+            return 9
+
+    state = llm_stage.prefill(llm, llm_stage.init_state(CFG, 1), [[1, 5, 7]])
+    queries, active = queries_of(0, 1)[0], torch.tensor([True])
+    state, tokens = llm_stage.step(llm, state, queries, active, [Picky(1, 1.0 - 1e-9)])
+    assert tokens == [[9]]
+    ids, log_probs = offered[0]
+    hidden = llm.forward_train(torch.cat([llm.embed(torch.tensor([[1, 5, 7]])), queries], dim=1))
+    expected = llm.logits(hidden[0, -1]).log_softmax(-1)
+    assert len(ids) == len(set(ids))
+    assert {2, 9} <= set(ids)
+    assert ids[0] == int(expected.argmax())
+    torch.testing.assert_close(torch.tensor(log_probs), expected[ids], atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_reach_adapters_under_frozen_weights(llm):

@@ -60,7 +60,7 @@ def written(tmp_path_factory, tiny):
     save_file(encoder, folder / "encoder.safetensors")
     save_file(bridge, folder / "bridge.safetensors")
     tiny.pieces.tokenizer.save(str(folder / "pieces.json"))
-    config = asdict(tiny.cfg) | {"stop_threshold": 0.3, "lora_scale": LORA_SCALE}
+    config = asdict(tiny.cfg) | {"lora_scale": LORA_SCALE}
     (folder / "config.json").write_text(json.dumps(config))
     state = {k: v for k, v in tiny.llm.state_dict().items() if not k.startswith("stop.")}
     weights.save_llm(LlmFiles(replace(tiny.cfg.llm, n_slot=99), state, byte_bpe()), llm)
@@ -79,7 +79,6 @@ def test_load_gives_what_was_written(written, tiny):
     assert model.name == "tiny"
     assert model.cfg == tiny.cfg
     assert model.llm.cfg.n_slot == tiny.cfg.llm.n_slot, "the slot is the model's, not the LLM's"
-    assert model.llm.stop_threshold == 0.3
     assert model.device == torch.device("cpu")
     assert model.tokenizer.decode(model.tokenizer.encode("naïve, 12")) == "naïve, 12"
     assert model.pieces.size == tiny.pieces.size

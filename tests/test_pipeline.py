@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparqle_stream import llm, models, pipeline, testing
+from sparqle_stream.writer import Greedy
 
 S = 5120  # samples of a chunk
 Q = 4  # its queries
@@ -22,7 +23,7 @@ def no_grad():
 
 def allow(n: int):
     """Every row may write n tokens."""
-    return lambda log_probs: torch.full((len(log_probs),), n)
+    return lambda log_probs: [Greedy(n) for _ in log_probs]
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -75,14 +76,14 @@ def test_a_chunk_becomes_tokens(tiny):
 
 
 def test_ctc_is_asked_before_a_token_is_written(tiny):
-    """`allow` sees this chunk's posteriors; with no allowance the LLM hears and stays silent."""
+    """`hear` sees this chunk's posteriors; with no allowance the LLM hears and stays silent."""
     state = pipeline.init_state(tiny, 2)
     begin(tiny, state, 2, 0, 1)
     seen = []
 
     def nobody(log_probs):
         seen.append(log_probs.clone())
-        return torch.zeros(2, dtype=torch.int64)
+        return [Greedy(0), None]
 
     delay = torch.zeros(2, dtype=torch.int64)
     _, result = pipeline.step(tiny, state, noise(2, S), rows(2, 0), delay, nobody)

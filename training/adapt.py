@@ -227,7 +227,10 @@ class Trainer:
                 k[len(name) + 1 :]: v for k, v in state["weights"].items() if k.startswith(name)
             }
             module.load_state_dict(part)
+        peaks = [group["peak"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+            group["peak"] = peak  # the config's, not the checkpoint's
 
 
 def run(cfg: AdaptConfig, work: Path, *, resume: bool, save_every_s: float = 180.0) -> None:

@@ -13,13 +13,15 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from sparqle_stream.config import CtcConfig, ModelConfig, QFormerConfig
+from sparqle_stream.config import CtcConfig, ModelConfig, QFormerConfig, WriterConfig
 from sparqle_stream.ctc import CtcPieces
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -30,7 +32,7 @@ def compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def export(out: Path, ear: Path, bridge: Path, pieces: Path, stop_threshold: float) -> None:
+def export(out: Path, ear: Path, bridge: Path, pieces: Path, writer: WriterConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     heard, trained = load_file(ear), load_file(bridge)
     encoder = {k.removeprefix("encoder."): v for k, v in heard.items() if k.startswith("encoder.")}
@@ -45,8 +47,9 @@ def export(out: Path, ear: Path, bridge: Path, pieces: Path, stop_threshold: flo
         name=out.name,
         ctc=CtcConfig(n_pieces=n_pieces),
         qformer=QFormerConfig(kind=kind, n_pieces=n_pieces),
+        writer=writer,
     )
-    extra = {"stop_threshold": stop_threshold, "lora_scale": 2.0}
+    extra = {"lora_scale": 2.0}
     (out / "config.json").write_text(json.dumps(asdict(cfg) | extra, indent=1) + "\n")
 
 
@@ -56,10 +59,12 @@ def main() -> None:
     parser.add_argument("--ear", type=Path, required=True)
     parser.add_argument("--bridge", type=Path, required=True)
     parser.add_argument("--pieces", type=Path, required=True)
-    parser.add_argument("--stop-threshold", type=float, default=0.5)
+    for name in ("ctc_weight", "stop_threshold", "stop_weight", "due_odds"):
+        default = getattr(WriterConfig(), name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    export(args.out, args.ear, args.bridge, args.pieces, args.stop_threshold)
+    writer = WriterConfig(args.ctc_weight, args.stop_threshold, args.stop_weight, args.due_odds)
+    export(args.out, args.ear, args.bridge, args.pieces, writer)
     size = sum(p.stat().st_size for p in args.out.iterdir()) / 1e6
     print(f"{args.out}: {size:.1f} MB")
 

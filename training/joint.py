@@ -45,7 +45,7 @@ from training.corpus import Pack
 from training.data import AugmentConfig, Stream, spec_augment, stack
 from training.lora import adapter_weights, attach
 from training.simulate import simulate
-from training.text import written
+from training.text import is_spelled_out, written
 
 if TYPE_CHECKING:
     from sparqle_stream.llm import Llm
@@ -79,6 +79,8 @@ class JointConfig:
     text_steps: int = 200  # first steps on text alone: reading pieces, before hearing them
     p_text: float = 0.1  # later steps on text alone
     text_rows: int = 8
+    text: str = ""  # a file of sentences to read, beside the transcripts
+    p_sentence: float = 0.6  # rows of text alone that come from it
     stop_weight: float = 1.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -221,6 +223,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=1e-3)
         self.average = {k: v.clone() for k, v in self.bridge.trained().items()}
         self.noise = Pack(Path(cfg.noise)) if cfg.noise else None
+        self.sentences = Path(cfg.text).read_text().splitlines() if cfg.text else []
 
     def seed(self) -> None:
         cfg = self.cfg
@@ -327,7 +330,7 @@ class Trainer:
         bridge, chunk = self.bridge, self.rng.choice(self.cfg.chunks)
         chunk_queries = chunk // FRAMES_PER_QUERY
         sketches = [
-            simulate(self.sampler.texts(24), bridge.pieces, self.rng)
+            simulate(self.draw_texts(24), bridge.pieces, self.rng)
             for _ in range(self.cfg.text_rows)
         ]
         longest = max(len(sketch.posterior) for sketch in sketches)
@@ -346,6 +349,16 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             queries = bridge.qformer.embed(silent, posterior, before, torch.tensor(delays))
         return queries, rows
+
+    def draw_texts(self, n_words: int) -> list[str]:
+        """Transcripts, or sentences of the file, `n_words` or a little more together."""
+        if not self.sentences or self.rng.random() > self.cfg.p_sentence:
+            return self.sampler.texts(n_words)
+        out: list[str] = []
+        while sum(len(text.split()) for text in out) < n_words:
+            text = self.rng.choice(self.sentences)
+            out += [text] if is_spelled_out(text) else []
+        return out
 
     def pick_delay(self) -> int:
         default = self.rng.random() < self.cfg.p_default_delay
@@ -431,7 +444,10 @@ class Trainer:
         state = torch.load(work / "last.pt", weights_only=True)
         self.step, self.average = state["step"], state["average"]
         self.bridge.load_trained(state["weights"])
+        peaks = [group["peak"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+            group["peak"] = peak  # the config's, not the checkpoint's
 
 
 def _end_ms(word: AlignedWord) -> int:

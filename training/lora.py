@@ -23,9 +23,10 @@ class LoraLinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = nn.functional.linear(x, self.a.to(x.dtype))
-        out: Tensor = self.base(x) + nn.functional.linear(low, self.b.to(x.dtype)) * self.scale
-        return out
+        whole = self.base(x)
+        low = nn.functional.linear(x.flatten(0, -2), self.a.to(x.dtype))
+        b = (self.scale * self.b).to(x.dtype)  # on the small matrix, not on the large result
+        return torch.addmm(whole.flatten(0, -2), low, b.t()).view_as(whole)
 
 
 def attach(llm: Llm, rank: int, scale: float = 2.0) -> dict[str, LoraLinear]:

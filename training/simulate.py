@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_FRAMES = 400
+# Letters that are taken for each other, by sound. What is in no class is never mistaken.
+ALIKE = ("aeiouy", "td", "szc", "kcgq", "pb", "mn", "lr", "fv", "jg", "wh")
+
+
+_Frame = tuple[int, float, int]  # best piece, its probability, and the piece with the rest
+_SILENT: _Frame = (BLANK, 1.0, BLANK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +38,49 @@ class Sketch:
 
 
 def simulate(texts: list[str], pieces: CtcPieces, rng: random.Random) -> Sketch:
-    """Utterances one after another, with one speaking rate and error rate."""
-    gap, wrong, lost = rng.uniform(0.0, 3.0), rng.uniform(0.0, 0.15), rng.uniform(0.0, 0.1)
-    frames: list[tuple[int, float]] = [(BLANK, 1.0)] * rng.randint(1, 8)
+    """Utterances one after another, with one speaking rate and one quality of hearing.
+
+    Two kinds of errors: letters that sound alike are mistaken, lost or doubled before the word is
+    spelled in pieces, as an ear does that cannot spell; and pieces are misheard, in which case the
+    right one keeps what the wrong one leaves.
+    """
+    gap, misspelt = rng.uniform(0.0, 3.0), rng.uniform(0.0, 0.25)
+    wrong, lost = rng.uniform(0.0, 0.15), rng.uniform(0.0, 0.1)
+    frames: list[_Frame] = [_SILENT] * rng.randint(1, 8)
     words = []
     for word in " ".join(written(text) for text in texts).split():
-        for piece in pieces.encode(spoken(word)) if spoken(word) else []:
-            frames += [(BLANK, 1.0)] * round(rng.expovariate(1.0) * gap)
+        heard_word = mishear(spoken(word), misspelt, rng)
+        for piece in pieces.encode(heard_word) if heard_word else []:
+            frames += [_SILENT] * round(rng.expovariate(1.0) * gap)
             heard = rng.randrange(1, pieces.size) if rng.random() < wrong else piece
             sure = rng.uniform(0.5, 1.0)
             if rng.random() >= lost:
                 if frames[-1][0] == heard:
-                    frames.append((BLANK, 1.0))
-                frames += [(heard, sure)] * rng.choice((1, 1, 2))
+                    frames.append(_SILENT)
+                other = piece if rng.random() < 0.5 else BLANK
+                frames += [(heard, sure, other)] * rng.choice((1, 1, 2))
         words.append(AlignedWord(word, len(frames)))
         if len(frames) > MOST_FRAMES:
             break
-    frames += [(BLANK, 1.0)] * rng.randint(4, 30)
+    frames += [_SILENT] * rng.randint(4, 30)
     posterior = np.zeros((len(frames), pieces.size), np.float32)
-    for t, (piece, sure) in enumerate(frames):
-        posterior[t, BLANK] = 1.0 - sure
+    for t, (piece, sure, other) in enumerate(frames):
+        posterior[t, other] = 1.0 - sure
         posterior[t, piece] += sure
     return Sketch(posterior, words)
+
+
+def mishear(word: str, rate: float, rng: random.Random) -> str:
+    """Every letter is mistaken for one that sounds alike, dropped or doubled with chance `rate`.
+
+    >>> mishear("finally", 0.0, random.Random(0))
+    'finally'
+    """
+    out = ""
+    for letter in word:
+        if rng.random() >= rate:
+            out += letter
+            continue
+        alike = [x for group in ALIKE if letter in group for x in group if x != letter]
+        out += rng.choice([*alike, "", letter * 2])
+    return out

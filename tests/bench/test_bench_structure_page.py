@@ -74,9 +74,9 @@ def test_the_order_of_the_stages_is_that_of_the_pipeline():
 
     source = inspect.getsource(pipeline.step)
     calls = re.findall(
-        r"\b(features\.step|encoder\.step|_ctc|qformer\.step|allow\(|llm\.step)", source
+        r"\b(features\.step|encoder\.step|_ctc|qformer\.step|hear\(|llm\.step)", source
     )
-    assert calls == ["features.step", "encoder.step", "_ctc", "qformer.step", "allow(", "llm.step"]
-    told = ["`features.step`", "`encoder.step`", "`CtcHead`", "`qformer.step`", "`Session.allow`"]
+    assert calls == ["features.step", "encoder.step", "_ctc", "qformer.step", "hear(", "llm.step"]
+    told = ["`features.step`", "`encoder.step`", "`CtcHead`", "`qformer.step`", "`Session.hear`"]
     places = [PAGE.index(name) for name in [*told, "`llm.step`"]]
     assert places == sorted(places)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparqle_stream.config import ModelConfig
+from sparqle_stream.config import ModelConfig, WriterConfig
 from sparqle_stream.ctc import CtcPieces
 from sparqle_stream.models import config_from_json
 from training.export import compact, export
@@ -50,15 +50,16 @@ def test_a_folder_holds_every_part_once(tmp_path, kind):
         tmp_path / "ear.safetensors",
         tmp_path / "bridge.safetensors",
         tmp_path / "pieces.json",
-        stop_threshold=0.4,
+        WriterConfig(ctc_weight=2.0),
     )
     encoder, rest = (load_file(out / f"{name}.safetensors") for name in ("encoder", "bridge"))
     assert encoder.keys() == {"ln_post.weight"}
     assert rest.keys() == bridge.keys() | {"ctc.out.bias"}
     raw = json.loads((out / "config.json").read_text())
-    assert (raw.pop("stop_threshold"), raw.pop("lora_scale")) == (0.4, 2.0)
+    assert raw.pop("lora_scale") == 2.0
     cfg = config_from_json(ModelConfig, raw, out / "config.json")
     assert (cfg.name, cfg.qformer.kind) == ("my-model", kind)
+    assert cfg.writer == WriterConfig(ctc_weight=2.0)
     assert cfg.ctc.n_pieces == cfg.qformer.n_pieces == pieces.size
     assert cfg.encoder == ModelConfig().encoder
     assert CtcPieces.load(out / "pieces.json").encode("the cat") == pieces.encode("the cat")

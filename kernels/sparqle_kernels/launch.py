@@ -26,6 +26,11 @@ class Launch:
     n_warps: int = 4
     n_stages: int = 2
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is told to the compiler; a * b + c may be one instruction with one rounding."""
+        return {"num_warps": self.n_warps, "num_stages": self.n_stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
         """Starts it; raises NotImplementedError for bfloat16 in Triton's interpreter."""
         if is_interpreted(self.kernel) and torch.bfloat16 in {
@@ -36,9 +41,7 @@ class Launch:
                 " rounding is not a GPU's. Test in float16 and float32, or on a GPU."
             )
         if min(self.grid) > 0:
-            self.kernel[self.grid](
-                **self.args, **self.constants, num_warps=self.n_warps, num_stages=self.n_stages
-            )
+            self.kernel[self.grid](**self.args, **self.constants, **self.options)
 
 
 def is_interpreted(kernel: Any) -> bool:  # noqa: ANN401 - Triton has no types

@@ -1,0 +1,47 @@
+"""Reference of `rms_norm_rope_append`: plain PyTorch, the truth of other implementations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """cos, sin (N, d) float32 at every position; the first half of sin is negated.
+
+    Rotating is x cos + (x with its halves swapped) sin.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Slots(NamedTuple):
+    """K/V slots of all streams, and where each row of the batch writes."""
+
+    k: Tensor  # (S, KV, N, d)
+    v: Tensor  # (S, KV, N, d)
+    index: Tensor  # (B,) int64 slot of each row, -1: the row is not active
+    start: Tensor  # (B,) int64 entry that its first new row takes
+
+
+def rms_norm_rope_append(
+    x: Tensor, qkv: Tensor, eps: float, rotation: Rotation, slots: Slots
+) -> Tensor:
+    """x (B, R, E), qkv (B, R, (H + 2 KV) d) -> rotated q (B, H, R, d); writes k and v in place."""
+    _, n_kv, _, d = slots.k.shape
+    scale = (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    heads = (qkv.float() * scale).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, H + 2 KV, R, d)
+    rotated, value = heads[:, :-n_kv], heads[:, -n_kv:]
+    position = slots.start[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, R)
+    active = slots.index >= 0
+    at = position.where(active[:, None], 0)
+    cos, sin = rotation.cos[at][:, None], rotation.sin[at][:, None]
+    rotated = (rotated * cos + rotated.roll(d // 2, dims=-1) * sin).to(x.dtype)
+    index, at = slots.index[active][:, None], position[active]
+    slots.k[index, :, at] = rotated[active, -n_kv:].transpose(1, 2)  # (b, R, KV, d)
+    slots.v[index, :, at] = value[active].to(x.dtype).transpose(1, 2)
+    q: Tensor = rotated[:, :-n_kv].masked_fill(~active[:, None, None, None], 0.0)
+    return q

@@ -9,19 +9,15 @@ learns alone first (`head_steps`), so that a random head never drags the encoder
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import time
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from sparqle_stream import features
 from sparqle_stream.config import CtcConfig, EncoderConfig, FeatureConfig
@@ -29,6 +25,7 @@ from sparqle_stream.ctc import CtcHead, CtcPieces
 from sparqle_stream.encoder import SILENT_MEL, Encoder
 from training.corpus import Clip, Pack
 from training.data import AugmentConfig, Augmenter, StreamSampler, spec_augment, stack
+from training.loop import Run, main, part
 from training.text import is_spelled_out, spoken
 
 
@@ -113,16 +110,23 @@ def distil_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return mse + 0.5 * (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
-@dataclass(slots=True)
-class Trainer:
-    cfg: AdaptConfig
-    encoder: Encoder
-    teacher: Encoder
-    head: CtcHead
-    pieces: CtcPieces
-    optimizer: torch.optim.Optimizer
-    average: dict[str, Tensor]
-    step: int = 0
+class Trainer(Run):
+    """The ear: the head alone at first, then the encoder with it, held by its teacher."""
+
+    name, result, shown = "adapt", "ear.safetensors", ("ctc", "distil")
+
+    def __init__(
+        self, cfg: AdaptConfig, encoder: Encoder, teacher: Encoder, head: CtcHead, pieces: CtcPieces
+    ) -> None:
+        super().__init__(cfg.steps, cfg.ema)
+        self.cfg, self.encoder, self.head, self.pieces = cfg, encoder, head, pieces
+        self.teacher = teacher.eval().bfloat16()
+        self.ready(
+            [
+                {"params": list(head.parameters()), "peak": cfg.lr_head},
+                {"params": list(encoder.parameters()), "peak": cfg.lr_encoder},
+            ]
+        )
 
     @classmethod
     def start(cls, cfg: AdaptConfig) -> Trainer:
@@ -132,31 +136,28 @@ class Trainer:
         weights = load_file(cfg.init)
         encoder.load_state_dict(weights)
         teacher.load_state_dict(weights)
-        head = CtcHead(CtcConfig(n_pieces=pieces.size))
-        groups = [
-            {"params": list(head.parameters()), "peak": cfg.lr_head},
-            {"params": list(encoder.parameters()), "peak": cfg.lr_encoder},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=1e-3)
-        self = cls(cfg, encoder, teacher.eval().bfloat16(), head, pieces, optimizer, {})
-        self.average = {k: v.clone() for k, v in self.weights().items()}
-        return self
+        return cls(cfg, encoder, teacher, CtcHead(CtcConfig(n_pieces=pieces.size)), pieces)
 
     def weights(self) -> dict[str, Tensor]:
         encoder = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
         return encoder | {f"ctc.{k}": v for k, v in self.head.state_dict().items()}
 
-    def set_rates(self) -> None:
-        cfg = self.cfg
-        left = max(0.02, 1 - self.step / cfg.steps)
-        head_up = min(1.0, (self.step + 1) / cfg.warmup)
-        body_up = min(1.0, max(0.0, (self.step - cfg.head_steps) / cfg.warmup))
-        for group, up in zip(self.optimizer.param_groups, (head_up, body_up), strict=True):
-            group["lr"] = group["peak"] * up * left
+    def load(self, weights: dict[str, Tensor]) -> None:
+        self.encoder.load_state_dict(part(weights, "encoder"))
+        self.head.load_state_dict(part(weights, "ctc"))
 
-    def train_step(self, sampler: StreamSampler, rng: random.Random) -> dict[str, float]:
-        cfg = self.cfg
-        streams = [sampler.stream() for _ in range(cfg.streams)]
+    def seed(self) -> None:
+        cfg, seed = self.cfg, self.cfg.seed + self.step
+        self.sampler = make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed)
+        self.rng = random.Random(seed + 1)
+
+    def warm_up(self, group: int) -> float:
+        waited = self.cfg.head_steps if group else -1
+        return min(1.0, max(0.0, (self.step - waited) / self.cfg.warmup))
+
+    def train_step(self) -> dict[str, float]:
+        cfg, rng = self.cfg, self.rng
+        streams = [self.sampler.stream() for _ in range(cfg.streams)]
         n_rows = len(streams)
         everyone = torch.ones(n_rows, dtype=torch.bool)
         fcfg = FeatureConfig()
@@ -184,87 +185,14 @@ class Trainer:
                 target = self.teacher.forward_train(clean, 0, 0, torch.zeros_like(offset))
             distil = distil_loss(frames.float(), target.float())
             loss = ctc + cfg.distil * distil
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(params, 2.0)
-        self.set_rates()
-        self.optimizer.step()
-        self.step += 1
-        self._follow()
+        norm = self.learn(loss, 2.0)
         return {
             "ctc": ctc.item(),
             "distil": distil.item(),
-            "norm": float(norm),
+            "norm": norm,
             "audio_s": n_rows * cfg.stream_s,
         }
 
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """Exponential moving average; short at first so that it does not remember the start."""
-        decay = min(self.cfg.ema, (1 + self.step) / (10 + self.step))
-        for key, value in self.weights().items():
-            self.average[key].lerp_(value, 1 - decay)
-
-    def save(self, work: Path) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        state = {
-            "step": self.step,
-            "weights": self.weights(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-        }
-        torch.save(state, work / "last.tmp")
-        (work / "last.tmp").rename(work / "last.pt")
-        save_file({k: v.contiguous() for k, v in self.average.items()}, work / "ear.safetensors")
-
-    def resume(self, work: Path) -> None:
-        state = torch.load(work / "last.pt", weights_only=True)
-        self.step, self.average = state["step"], state["average"]
-        split = {"encoder": self.encoder, "ctc": self.head}
-        for name, module in split.items():
-            part = {
-                k[len(name) + 1 :]: v for k, v in state["weights"].items() if k.startswith(name)
-            }
-            module.load_state_dict(part)
-        peaks = [group["peak"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
-            group["peak"] = peak  # the config's, not the checkpoint's
-
-
-def run(cfg: AdaptConfig, work: Path, *, resume: bool, save_every_s: float = 180.0) -> None:
-    trainer = Trainer.start(cfg)
-    if resume and (work / "last.pt").exists():
-        trainer.resume(work)
-    sampler = make_sampler(
-        cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, cfg.seed + trainer.step
-    )
-    rng = random.Random(cfg.seed + 1 + trainer.step)
-    work.mkdir(parents=True, exist_ok=True)
-    log, saved = (work / "log.jsonl").open("a"), time.monotonic()
-    bar = tqdm(range(trainer.step, cfg.steps), desc="adapt", unit="step", mininterval=5)
-    for _ in bar:
-        began = time.monotonic()
-        row = trainer.train_step(sampler, rng)
-        row |= {"step": trainer.step, "seconds": time.monotonic() - began}
-        log.write(json.dumps(row) + "\n")
-        log.flush()
-        bar.set_postfix(ctc=f"{row['ctc']:.2f}", distil=f"{row['distil']:.2f}")
-        if time.monotonic() - saved > save_every_s:
-            trainer.save(work)
-            saved = time.monotonic()
-    trainer.save(work)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.adapt", description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints and log.jsonl")
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args()
-    run(load_config(args.config), args.work, resume=args.resume)
-
 
 if __name__ == "__main__":
-    main()
+    main("adapt", __doc__, lambda path: Trainer.start(load_config(path)))

@@ -9,10 +9,7 @@ placed by forced alignment on the streaming posteriors of the same distorted aud
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import time
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from sparqle_stream import features
 from sparqle_stream.config import (
@@ -43,6 +39,7 @@ from training.adapt import Source, make_sampler
 from training.align import AlignedWord, align_words
 from training.corpus import Pack
 from training.data import AugmentConfig, Stream, spec_augment, stack
+from training.loop import Run, main, part
 from training.lora import adapter_weights, attach
 from training.simulate import simulate
 from training.text import is_spelled_out, written
@@ -153,9 +150,9 @@ class Bridge(torch.nn.Module):
         self.pieces = CtcPieces.load(Path(cfg.pieces))
         ear = load_file(cfg.ear)
         self.encoder = Encoder(EncoderConfig())
-        self.encoder.load_state_dict(_part(ear, "encoder"))
+        self.encoder.load_state_dict(part(ear, "encoder"))
         self.ctc = CtcHead(CtcConfig(n_pieces=self.pieces.size))
-        self.ctc.load_state_dict(_part(ear, "ctc"))
+        self.ctc.load_state_dict(part(ear, "ctc"))
         llm, self.tokenizer = load_llm(cfg.llm, torch.bfloat16)
         self.llm: Llm = llm
         for frozen in (self.encoder, self.ctc, self.llm):
@@ -200,36 +197,40 @@ class Bridge(torch.nn.Module):
         ]
 
     def load_trained(self, weights: dict[str, Tensor]) -> None:
-        self.qformer.load_state_dict(_part(weights, "qformer"))
-        self.stop.load_state_dict(_part(weights, "stop"))
+        self.qformer.load_state_dict(part(weights, "qformer"))
+        self.stop.load_state_dict(part(weights, "stop"))
         for name, adapter in self.adapters.items():
             adapter.a.data.copy_(weights[f"lora.{name}.a"])
             adapter.b.data.copy_(weights[f"lora.{name}.b"])
 
 
-def _part(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {k[len(name) + 1 :]: v for k, v in weights.items() if k.startswith(name + ".")}
+class Trainer(Run):
+    """The bridge: batches of text and of audio, and their losses."""
 
-
-class Trainer:
-    """One seeded run: batches, losses, the moving average and checkpoints."""
+    name, result, shown = "joint", "bridge.safetensors", ("text", "stop")
 
     def __init__(self, cfg: JointConfig) -> None:
+        super().__init__(cfg.steps, cfg.ema)
         torch.manual_seed(cfg.seed)
-        self.cfg, self.step = cfg, 0
-        self.bridge = Bridge(cfg)
-        groups = self.bridge.groups(cfg.lr)
-        self.params = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=1e-3)
-        self.average = {k: v.clone() for k, v in self.bridge.trained().items()}
+        self.cfg, self.bridge = cfg, Bridge(cfg)
+        self.ready(self.bridge.groups(cfg.lr))
         self.noise = Pack(Path(cfg.noise)) if cfg.noise else None
         self.sentences = Path(cfg.text).read_text().splitlines() if cfg.text else []
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.bridge.trained()
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        self.bridge.load_trained(weights)
 
     def seed(self) -> None:
         cfg = self.cfg
         seed = cfg.seed + 17 * self.step + 1
         self.rng = random.Random(seed)
         self.sampler = make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed)
+
+    def warm_up(self, group: int) -> float:
+        return min(1.0, (self.step + 1) / self.cfg.warmup)
 
     def draw(self) -> Stream:
         """A stream of speech, or of noise that must stay without words."""
@@ -371,21 +372,12 @@ class Trainer:
         if not rows:
             return {"text": 0.0, "stop": 0.0, "rows": 0}
         text, stop, right = self.losses(queries.bfloat16(), rows)
-        loss = text + cfg.stop_weight * stop
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.params if p.grad is not None], 1.0)
-        up = min(1.0, (self.step + 1) / cfg.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * up * max(0.03, 1 - self.step / cfg.steps)
-        self.optimizer.step()
-        self.step += 1
-        self._follow()
+        norm = self.learn(text + cfg.stop_weight * stop, 1.0)
         return {
             "text": text.item(),
             "stop": stop.item(),
             "right": right,
-            "norm": float(norm),
+            "norm": norm,
             "rows": len(rows),
             "is_text": is_text,
         }
@@ -421,68 +413,10 @@ class Trainer:
         right = (logits.argmax(dim=-1) == text_to).float().mean().item()
         return F.cross_entropy(logits, text_to), stop, right
 
-    @torch.no_grad()
-    def _follow(self) -> None:
-        decay = min(self.cfg.ema, (1 + self.step) / (10 + self.step))
-        for key, value in self.bridge.trained().items():
-            self.average[key].lerp_(value, 1 - decay)
-
-    def save(self, work: Path) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        state = {
-            "step": self.step,
-            "weights": self.bridge.trained(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-        }
-        torch.save(state, work / "last.tmp")
-        (work / "last.tmp").rename(work / "last.pt")
-        average = {k: v.contiguous() for k, v in self.average.items()}
-        save_file(average, work / "bridge.safetensors")
-
-    def resume(self, work: Path) -> None:
-        state = torch.load(work / "last.pt", weights_only=True)
-        self.step, self.average = state["step"], state["average"]
-        self.bridge.load_trained(state["weights"])
-        peaks = [group["peak"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
-            group["peak"] = peak  # the config's, not the checkpoint's
-
 
 def _end_ms(word: AlignedWord) -> int:
     return (word.end_frame + 1) * FRAMES_PER_CTC * 20
 
 
-def run(cfg: JointConfig, work: Path, *, resume: bool, save_every_s: float = 180.0) -> None:
-    trainer = Trainer(cfg)
-    if resume and (work / "last.pt").exists():
-        trainer.resume(work)
-    trainer.seed()
-    work.mkdir(parents=True, exist_ok=True)
-    log, saved = (work / "log.jsonl").open("a"), time.monotonic()
-    bar = tqdm(range(trainer.step, cfg.steps), desc="joint", unit="step", mininterval=5)
-    for _ in bar:
-        began = time.monotonic()
-        row = trainer.train_step()
-        row |= {"step": trainer.step, "seconds": time.monotonic() - began}
-        log.write(json.dumps(row) + "\n")
-        log.flush()
-        bar.set_postfix(text=f"{row['text']:.2f}", stop=f"{row['stop']:.3f}")
-        if time.monotonic() - saved > save_every_s:
-            trainer.save(work)
-            saved = time.monotonic()
-    trainer.save(work)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.joint", description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints and log.jsonl")
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args()
-    run(load_config(args.config), args.work, resume=args.resume)
-
-
 if __name__ == "__main__":
-    main()
+    main("joint", __doc__, lambda path: Trainer(load_config(path)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import random
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,13 +61,8 @@ def make_trainer(cfg, pieces):
     torch.manual_seed(0)
     encoder, teacher, head = Encoder(TINY), Encoder(TINY), CtcHead(CtcConfig(16, 8, pieces.size))
     teacher.load_state_dict(encoder.state_dict())
-    groups = [
-        {"params": list(head.parameters()), "peak": cfg.lr_head},
-        {"params": list(encoder.parameters()), "peak": cfg.lr_encoder},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0)
-    trainer = Trainer(cfg, encoder, teacher.eval().bfloat16(), head, pieces, optimizer, {})
-    trainer.average = {k: v.clone() for k, v in trainer.weights().items()}
+    trainer = Trainer(cfg, encoder, teacher, head, pieces)
+    trainer.seed()
     return trainer
 
 
@@ -119,11 +114,10 @@ def test_distil_loss_is_relative():
 
 def test_the_head_learns_before_the_body(pack, pieces):
     cfg = config(pack)
-    trainer, rng = make_trainer(cfg, pieces), random.Random(0)
-    sampler = make_sampler(cfg.sources, "", cfg.augment, cfg.stream_s, 0)
+    trainer = make_trainer(cfg, pieces)
     for step in range(4):
         before = copy_of(trainer.weights())
-        row = trainer.train_step(sampler, rng)
+        row = trainer.train_step()
         after = trainer.weights()
         assert np.isfinite(list(row.values())).all()
         assert moved(before, after, "ctc.")
@@ -138,11 +132,24 @@ def test_the_head_learns_before_the_body(pack, pieces):
 def test_what_nobody_transcribed_is_not_taught_as_silence(pack, pieces):
     cfg = config(pack, sources=(Source(str(pack), transcribed=False),), head_steps=0)
     trainer = make_trainer(cfg, pieces)
-    sampler = make_sampler(cfg.sources, "", cfg.augment, cfg.stream_s, 0)
-    row = trainer.train_step(sampler, random.Random(0))
+    row = trainer.train_step()
     assert row["ctc"] == 0.0
     assert row["distil"] > 0.0
-    assert len(sampler.sources[0][1]) == 5
+    assert len(trainer.sampler.sources[0][1]) == 5
+
+
+def test_rates_are_the_config_s_also_after_a_resume(pack, pieces, tmp_path):
+    """A checkpoint's own rates once kept a whole run from seeing a changed config."""
+    first = make_trainer(config(pack), pieces)
+    first.run(tmp_path, resume=False)
+    again = make_trainer(config(pack, steps=16, lr_head=7e-3, lr_encoder=7e-4), pieces)
+    again.run(tmp_path, resume=True)
+    assert again.step == 16
+    assert [g["peak"] for g in again.optimizer.param_groups] == [7e-3, 7e-4]
+    assert again.optimizer.param_groups[0]["lr"] == pytest.approx(7e-3 / 16)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == list(range(1, 17))
 
 
 def test_only_spelled_out_clips_are_drawn(pack):
@@ -156,8 +163,8 @@ def test_a_run_goes_on_where_it_was_saved(pack, pieces, tmp_path):
 
     def steps(trainer, n):
         for _ in range(n):
-            sampler = make_sampler(cfg.sources, "", cfg.augment, cfg.stream_s, trainer.step)
-            trainer.train_step(sampler, random.Random(trainer.step))
+            trainer.seed()
+            trainer.train_step()
 
     first = make_trainer(cfg, pieces)
     steps(first, 4)

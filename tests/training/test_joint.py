@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sparqle_stream import llm as llm_stage
 from sparqle_stream.config import QUERY_MS, LlmConfig
 from sparqle_stream.llm import Llm
+from sparqle_stream.writer import Greedy
 from training import joint
 from training.data import Stream, Utterance
 from training.joint import JointConfig, Trainer, interleave
@@ -148,7 +149,7 @@ def serve(llm, queries, prefix, first, n_again):
     chunks = []
     for at in range(seam, len(queries), CHUNK_QUERIES):
         state, tokens = llm_stage.step(
-            llm, state, queries[None, at : at + CHUNK_QUERIES], active, torch.tensor([MOST])
+            llm, state, queries[None, at : at + CHUNK_QUERIES], active, [Greedy(MOST)]
         )
         assert len(tokens[0]) < MOST, "the cap ended this chunk, not the stop head"
         chunks.append(tokens[0])

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+from sparqle_stream.weights import import_whisper
 from training.corpus import Pack, PackWriter, decode_file, read_manifest
 from training.synth import sentences_of, speak
 from training.text import is_spelled_out, train_pieces
@@ -50,14 +51,9 @@ def pieces(args: argparse.Namespace) -> None:
 
 def whisper(args: argparse.Namespace) -> None:
     """OpenAI's names -> ours; positions are computed, not stored."""
-    renamed = {}
-    for name, value in load_file(args.weights).items():
-        if name.startswith("encoder.") and "positional" not in name:
-            ours = name.removeprefix("encoder.").replace(".attn.", ".")
-            ours = ours.replace("mlp.0", "fc1").replace("mlp.2", "fc2")
-            renamed[ours] = value.float().contiguous()
-    save_file(renamed, args.out)
-    print(f"{len(renamed)} tensors -> {args.out}")
+    state = import_whisper(args.weights)
+    save_file({name: value.contiguous() for name, value in state.items()}, args.out)
+    print(f"{len(state)} tensors -> {args.out}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
 
+from sparqle_stream.artifacts import sha256
 from sparqle_stream.config import CtcConfig, ModelConfig, QFormerConfig, WriterConfig
 from sparqle_stream.ctc import CtcPieces
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+STORED = ("encoder.safetensors", "bridge.safetensors", "pieces.json")
 
 
 def compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -49,7 +53,8 @@ def export(out: Path, ear: Path, bridge: Path, pieces: Path, writer: WriterConfi
         qformer=QFormerConfig(kind=kind, n_pieces=n_pieces),
         writer=writer,
     )
-    extra = {"lora_scale": 2.0}
+    hashes = {name: sha256(out / name) for name in STORED}  # what `models verify` compares
+    extra = {"lora_scale": 2.0, "sha256": hashes}
     (out / "config.json").write_text(json.dumps(asdict(cfg) | extra, indent=1) + "\n")
 
 

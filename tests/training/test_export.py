@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparqle_stream.artifacts import sha256
 from sparqle_stream.config import ModelConfig, WriterConfig
 from sparqle_stream.ctc import CtcPieces
 from sparqle_stream.models import config_from_json
@@ -57,6 +58,8 @@ def test_a_folder_holds_every_part_once(tmp_path, kind):
     assert rest.keys() == bridge.keys() | {"ctc.out.bias"}
     raw = json.loads((out / "config.json").read_text())
     assert raw.pop("lora_scale") == 2.0
+    hashes = raw.pop("sha256")
+    assert hashes == {p.name: sha256(p) for p in out.iterdir() if p.name != "config.json"}
     cfg = config_from_json(ModelConfig, raw, out / "config.json")
     assert (cfg.name, cfg.qformer.kind) == ("my-model", kind)
     assert cfg.writer == WriterConfig(ctc_weight=2.0)

@@ -71,17 +71,22 @@ def n_bytes(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def chunk_attention(streams: int, dtype: torch.dtype, device: str) -> Problem:
-    q, k, v = _random(3, streams, HEADS, CHUNK, WIDTH, dtype=dtype, device=device)
-    ring_k, ring_v = _random(2, streams, HEADS, LEFT, WIDTH, dtype=dtype, device=device)
-    position = torch.arange(LEFT, device=device).expand(streams, LEFT).contiguous()
-    moved = n_bytes(q, k, v, ring_k, ring_v, position, q)
-    n_scores = streams * HEADS * CHUNK * (LEFT + CHUNK)
-    # cat reads and writes all keys and values, attention reads them again; scores are written and
-    # read in the type of q, by mask, softmax and the second product
-    unfused = moved + 2 * n_bytes(k, v, ring_k, ring_v) + 6 * n_scores * q.element_size()
-    args = (q, k, v, ring_k, ring_v, position)
-    return Problem(args, moved, 4 * n_scores * WIDTH, unfused)
+def chunk_attention(n_frames: int) -> Callable[[int, torch.dtype, str], Problem]:
+    """A chunk against a full ring."""
+
+    def build(streams: int, dtype: torch.dtype, device: str) -> Problem:
+        q, k, v = _random(3, streams, HEADS, n_frames, WIDTH, dtype=dtype, device=device)
+        ring_k, ring_v = _random(2, streams, HEADS, LEFT, WIDTH, dtype=dtype, device=device)
+        position = torch.arange(LEFT, device=device).expand(streams, LEFT).contiguous()
+        moved = n_bytes(q, k, v, ring_k, ring_v, position, q)
+        n_scores = streams * HEADS * n_frames * (LEFT + n_frames)
+        # cat reads and writes all keys and values, attention reads them again; scores are written
+        # and read in the type of q, by mask, softmax and the second product
+        unfused = moved + 2 * n_bytes(k, v, ring_k, ring_v) + 6 * n_scores * q.element_size()
+        args = (q, k, v, ring_k, ring_v, position)
+        return Problem(args, moved, 4 * n_scores * WIDTH, unfused)
+
+    return build
 
 
 def query_attention(n_keys: int, n_ages: int) -> Callable[[int, torch.dtype, str], Problem]:
@@ -197,12 +202,14 @@ def _random(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 
 
 CASES = [
-    Case("chunk_attention", f"T {CHUNK}, ring {LEFT}", chunk_attention),
+    Case("chunk_attention", f"T {CHUNK}, ring {LEFT}", chunk_attention(CHUNK)),
+    Case("chunk_attention", f"T 64, ring {LEFT}", chunk_attention(64)),
     Case("query_attention", "4 queries, 80 frames", query_attention(80, 129)),
     Case("query_attention", "4 queries, 68 queries", query_attention(68, 129)),
     Case("decode_attention", f"1 row, slot {SLOT}", decode_attention(1, SLOT)),
     Case("decode_attention", f"4 rows, slot {SLOT}", decode_attention(4, SLOT)),
     Case("decode_attention", f"8 rows, slot {SLOT}", decode_attention(8, SLOT)),
+    Case("decode_attention", f"32 rows, slot {SLOT}", decode_attention(32, SLOT)),
     Case("decode_attention", "4 rows, slot 256", decode_attention(4, 256)),
     Case("utterance_attention", f"T 1000, chunk {CHUNK}, left {LEFT}", utterance_attention),
     Case("add_layer_norm", f"{CHUNK} rows of {HEADS * WIDTH}", add_layer_norm, False),

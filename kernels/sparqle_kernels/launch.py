@@ -53,6 +53,16 @@ def tile(n: int, low: int = 16, high: int = 1 << 30) -> int:
     return max(low, min(high, 1 << (max(1, n) - 1).bit_length()))
 
 
+def keys_of_tile(dtype: torch.dtype) -> int:
+    """Keys that an attention kernel takes at once: as many as fit into registers."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def warps(n_queries: int) -> int:
+    """For a tile of so many queries; with four warps tiles of 32 spilled registers."""
+    return 4 if n_queries <= 16 else 8
+
+
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: float32 is not cut to TF32's 10 bits."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -101,10 +101,8 @@ def test_a_broken_row_stops(place):
     x, one = torch.tensor([[math.nan, 1.0], [0.0, 0.0]]), torch.ones(2)
     bias = torch.tensor([0.5])
     args = place.put(x, one, one, bias)
-    assert triton.stop_head(args[0], args[1], EPS, args[2], args[3], 0.5)[1].tolist() == [
-        True,
-        False,
-    ]
+    stops = triton.stop_head(*args[:2], EPS, *args[2:], 0.5)[1]
+    assert stops.tolist() == [True, False]
     assert stop_head(x, one, EPS, one, bias, 0.5)[1].tolist() == [True, False]
 
 
@@ -134,7 +132,7 @@ def append_truth(x, qkv, rotation, slots):
     scale = (x.double().square().mean(dim=-1) + EPS).rsqrt()
     q = torch.zeros_like(heads[:, :, : -2 * n_kv]).transpose(1, 2)
     k, v = slots.k.double(), slots.v.double()
-    for b, (slot, start) in enumerate(zip(slots.index.tolist(), slots.start.tolist(), strict=True)):
+    for b, (slot, start) in enumerate(zip(slots.slot.tolist(), slots.start.tolist(), strict=True)):
         for r in range(x.shape[1] if slot >= 0 else 0):
             own = heads[b, r] * scale[b, r]
             low, high = own[:, : d // 2], own[:, d // 2 :]
@@ -189,7 +187,7 @@ def test_what_does_not_fit_hits_no_neighbour(place):
     from sparqle_kernels.rms_norm_rope_append import triton
 
     x, qkv, rotation, slots = append_inputs((3, 1, 2, 1, 3, 5, 8, 16), torch.float32)
-    slots = slots._replace(index=torch.tensor([0]), start=torch.tensor([4]))
+    slots = slots._replace(slot=torch.tensor([0]), start=torch.tensor([4]))
     ours = Slots(*place.put(*slots))
     triton.rms_norm_rope_append(*place.put(x, qkv), EPS, Rotation(*place.put(*rotation)), ours)
     written = ~ours.k.cpu().isnan().any(dim=-1)[:, 0]  # (S, N)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from sparqle_kernels.launch import LOG2_E, Launch, dense, precision, tile
+from sparqle_kernels.launch import LOG2_E, Launch, dense, keys_of_tile, precision, tile, warps
 from sparqle_kernels.softmax import triton as softmax
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ def launches(
         },
         {
             **{"H": h, "HAS_LENGTH": length is not None},
-            **{"BM": bm, "BN": 64, "BD": tile(d), "PRECISION": precision(q.dtype)},
+            **{"BM": bm, "BN": keys_of_tile(q.dtype), "BD": tile(d)},
+            **{"PRECISION": precision(q.dtype)},
         },
+        n_warps=warps(bm),
     )
     return [launch], out
 

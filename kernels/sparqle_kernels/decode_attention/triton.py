@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparqle_kernels.launch import LOG2_E, Launch, dense, precision, tile
+from sparqle_kernels.launch import LOG2_E, Launch, dense, keys_of_tile, precision, tile, warps
 from sparqle_kernels.softmax import triton as softmax
 
 if TYPE_CHECKING:
@@ -157,13 +157,15 @@ class Plan:
         split_constants = {
             **shape,
             **tiles,
-            **{"IS_WHOLE": is_whole, "BN": 64, "PRECISION": precision(q.dtype)},
+            **{"IS_WHOLE": is_whole, "BN": keys_of_tile(q.dtype)},
+            **{"PRECISION": precision(q.dtype)},
         }
         split = Launch(
             decode_attention_split,
             (n_splits, b * n_kv, n_tiles),
             {**split_args, **shared},
             split_constants,
+            n_warps=warps(bm),
         )
         merge = Launch(decode_attention_merge, (b * n_kv, n_tiles), shared, {**shape, **tiles})
         return ([split] if is_whole else [split, merge]), out

@@ -77,7 +77,7 @@ def launches(wave: Tensor, transform: Transform, hop_samples: int) -> tuple[list
         },
         {
             **{"N_FFT": n_fft, "N_BINS": n_bins},
-            **{"BF": 16, "BK": 32, "BC": 64, "BM": tile(n_mels)},
+            **{"BF": 16, "BK": 32, "BC": 32, "BM": tile(n_mels)},
         },
     )
     return [launch], out

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from sparqle_kernels.launch import LOG2_E, Launch, dense, precision, tile
+from sparqle_kernels.launch import LOG2_E, Launch, dense, keys_of_tile, precision, tile, warps
 from sparqle_kernels.softmax import triton as softmax
 
 if TYPE_CHECKING:
@@ -85,7 +85,11 @@ def launches(
             **{"Q": n_queries, "L": k.shape[2], "d": d},
             **strides,
         },
-        {"H": h, "BM": bm, "BN": 64, "BD": tile(d), "PRECISION": precision(q.dtype)},
+        {
+            **{"H": h, "BM": bm, "BN": keys_of_tile(q.dtype), "BD": tile(d)},
+            **{"PRECISION": precision(q.dtype)},
+        },
+        n_warps=warps(bm),
     )
     return [launch], out
 

@@ -23,7 +23,7 @@ class Slots(NamedTuple):
 
     k: Tensor  # (S, KV, N, d)
     v: Tensor  # (S, KV, N, d)
-    index: Tensor  # (B,) int64 slot of each row, -1: the row is not active
+    slot: Tensor  # (B,) int64 slot of each row, -1: the row is not active
     start: Tensor  # (B,) int64 entry that its first new row takes
 
 
@@ -33,14 +33,14 @@ def rms_norm_rope_append(
     """x (B, R, E), qkv (B, R, (H + 2 KV) d) -> rotated q (B, H, R, d); writes k and v in place."""
     _, n_kv, _, d = slots.k.shape
     scale = (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    heads = (qkv.float() * scale).unflatten(-1, (-1, d)).transpose(1, 2)  # (B, H + 2 KV, R, d)
+    heads = (qkv.float() * scale).view(*qkv.shape[:2], -1, d).transpose(1, 2)  # (B, H + 2 KV, R, d)
     rotated, value = heads[:, :-n_kv], heads[:, -n_kv:]
     position = slots.start[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, R)
-    active = slots.index >= 0
+    active = slots.slot >= 0
     at = position.where(active[:, None], 0)
     cos, sin = rotation.cos[at][:, None], rotation.sin[at][:, None]
     rotated = (rotated * cos + rotated.roll(d // 2, dims=-1) * sin).to(x.dtype)
-    index, at = slots.index[active][:, None], position[active]
+    index, at = slots.slot[active][:, None], position[active]
     slots.k[index, :, at] = rotated[active, -n_kv:].transpose(1, 2)  # (b, R, KV, d)
     slots.v[index, :, at] = value[active].to(x.dtype).transpose(1, 2)
     q: Tensor = rotated[:, :-n_kv].masked_fill(~active[:, None, None, None], 0.0)

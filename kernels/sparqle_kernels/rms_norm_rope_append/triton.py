@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @triton.jit
 def rms_norm_rope_append_fwd(
-    x, qkv, cos, sin, k, v, index, start, q,
+    x, qkv, cos, sin, k, v, slot, start, q,
     eps, E, d, N, x_b, x_r, qkv_b, qkv_r, k_s, k_h, k_n, v_s, v_h, v_n, q_b, q_h, q_r,
     R: tl.constexpr, H: tl.constexpr, KV: tl.constexpr,
     BE: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     i_b, i_r = (tl.program_id(0) // R).to(tl.int64), tl.program_id(0) % R
-    slot = tl.load(index + i_b)
-    is_active = slot >= 0
+    i_slot = tl.load(slot + i_b)
+    is_active = i_slot >= 0
     at = tl.load(start + i_b) + i_r
     fits = is_active & (at >= 0) & (at < N)  # or it would hit a neighbour
     o_e, o_h, o_d = tl.arange(0, BE), tl.arange(0, BH), tl.arange(0, BD)
@@ -50,11 +50,11 @@ def rms_norm_rope_append_fwd(
     tl.store(p_q, b_turned.to(q.dtype.element_ty), mask=m_q)
     o_k = o_h - H
     m_k = ((o_k >= 0) & (o_k < n_kv))[:, None] & m_d[None, :]
-    p_k = k + slot * k_s + o_k[:, None] * k_h + at * k_n + o_d[None, :]
+    p_k = k + i_slot * k_s + o_k[:, None] * k_h + at * k_n + o_d[None, :]
     tl.store(p_k, b_turned.to(k.dtype.element_ty), mask=m_k)
     o_v = o_k - KV
     m_v = ((o_v >= 0) & (o_v < n_kv))[:, None] & m_d[None, :]
-    p_v = v + slot * v_s + o_v[:, None] * v_h + at * v_n + o_d[None, :]
+    p_v = v + i_slot * v_s + o_v[:, None] * v_h + at * v_n + o_d[None, :]
     tl.store(p_v, b_own.to(v.dtype.element_ty), mask=m_v)
 
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparqle_kernels.launch import LOG2_E, Launch, precision, tile
+from sparqle_kernels.launch import LOG2_E, Launch, keys_of_tile, precision, tile, warps
 from sparqle_kernels.softmax import triton as softmax
 
 if TYPE_CHECKING:
@@ -170,14 +170,15 @@ def forward_launches(
     """The launch, out (B, H, T, d) and log-sum-exp (B, H, T) in units of log2."""
     b, h, t, d = q.shape
     out, lse = _by_frames(torch.empty_like(q)), q.new_empty(b, h, t, dtype=torch.float32)
-    bm = tile(t, high=64)
+    bm = tile(t, high=keys_of_tile(q.dtype))
     strides, tiles = _layout(q, bm)
     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     launch = Launch(
         utterance_attention_fwd,
         (triton.cdiv(t, bm), b * h),
         {**tensors, "scale": d**-0.5 * LOG2_E, **_mask(q, chunk_frames, left_frames), **strides},
-        {**tiles, "BN": 64, "PRECISION": precision(q.dtype)},
+        {**tiles, "BN": keys_of_tile(q.dtype), "PRECISION": precision(q.dtype)},
+        n_warps=warps(bm),
     )
     return [launch], (out, lse)
 
@@ -190,14 +191,28 @@ def backward_launches(
     b, h, t, d = q.shape
     d_q, d_k, d_v = (_by_frames(torch.empty_like(q)) for _ in range(3))
     delta = torch.empty_like(lse)
-    side = tile(t, high=64 if q.dtype != torch.float32 else 32)
+    side = tile(t, high=keys_of_tile(q.dtype))
     strides, tiles = _layout(q, side)
     grid = (triton.cdiv(t, side), b * h)
     mask = _mask(q, chunk_frames, left_frames)
-    read = {"q": q, "k": k, "v": v, "d_out": d_out, "lse": lse, "delta": delta}
+    read: dict[str, Tensor | int | float] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "d_out": d_out,
+        "lse": lse,
+        "delta": delta,
+    }
     scales = {"scale": d**-0.5 * LOG2_E, "unit": d**-0.5}
     constants = {**tiles, "BN": side, "PRECISION": precision(q.dtype)}
-    rows = {"out": out, "d_out": d_out, "delta": delta, "T": t, "d": d, **strides}
+    rows: dict[str, Tensor | int | float] = {
+        "out": out,
+        "d_out": d_out,
+        "delta": delta,
+        "T": t,
+        "d": d,
+        **strides,
+    }
     launches = [
         Launch(utterance_attention_delta, grid, rows, tiles),
         Launch(
@@ -205,12 +220,14 @@ def backward_launches(
             grid,
             {**read, "d_k": d_k, "d_v": d_v, **scales, **mask, **strides},
             constants,
+            n_warps=warps(side),
         ),
         Launch(
             utterance_attention_bwd_q,
             grid,
             {**read, "d_q": d_q, **scales, **mask, **strides},
             constants,
+            n_warps=warps(side),
         ),
     ]
     return launches, (d_q, d_k, d_v)

@@ -1,8 +1,10 @@
 """Accuracy of strict streaming: `python -m bench.accuracy FOLDER... [--noise FOLDER...]`.
 
-In: folders with a manifest.jsonl (bench.manifests says what is in it); without any, the bundled
-clip. Every recording goes through the engine as a stream of its own; what is scored is what a
-client that appends every final has at the end, never anything provisional or revised.
+In: folders with a manifest (bench.manifests says of what kinds); without any, the bundled clip.
+Every recording goes through the engine as a stream of its own; what is scored is what a client that
+appends every final has at the end, never anything provisional or revised. --long-form joins
+neighbouring recordings of a speaker first. --offline asks what the same weights do for whoever has
+the whole recording and time: the longest chunk and delay that the engine has.
 Out: one JSON document. Per folder: WER with intervals, per speaker, last words, revisions, delays
 in stream time, and the WER of the greedy CTC path of the same encoder in the same segments. On
 folders of noise: false words a minute. Recordings without text in any folder count as noise.
@@ -23,10 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bench import machine, manifests, scoring, settings
+from bench import machine, manifests, plots, scoring, settings
 from bench.delays import Delays, algorithmic
 from sparqle_stream import messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -89,6 +92,7 @@ def measure(
         _write_transcripts(transcripts, captioned)
     return {
         "bench": "accuracy",
+        "mode": wanted.mode,
         "settings": wanted.summary(),
         "machine": machine.card(model.weights_hash, wanted.threads),
         "timing": timing,
@@ -101,20 +105,16 @@ def measure(
 
 def _warm_up(engine: Engine, wanted: Settings, sets: Sequence[RecordingSet]) -> None:
     """Two seconds that do not count: the first steps allocate and read weights from disk."""
-    from sparqle_stream import audio
-
-    pcm = audio.read_file(sets[0].recordings[0].path)[: 2 * SAMPLE_RATE_HZ]
+    pcm = sets[0].recordings[0].pcm()[: 2 * SAMPLE_RATE_HZ]
     engine.transcribe(pcm, wanted.stream_options())
 
 
 def _caption(engine: Engine, wanted: Settings, recordings: RecordingSet) -> list[Captioned]:
     """Every recording through the engine, as many at once as it has slots, in the given order."""
-    from sparqle_stream import audio
-
     options = wanted.stream_options()
 
     def one(recording: Recording) -> Captioned:
-        events = engine.transcribe(audio.read_file(recording.path), options)
+        events = engine.transcribe(recording.pcm(), options)
         return Captioned(recording, [e for e in events if not isinstance(e, messages.Tail)])
 
     with ThreadPoolExecutor(wanted.n_streams) as pool:
@@ -125,12 +125,11 @@ def _caption(engine: Engine, wanted: Settings, recordings: RecordingSet) -> list
 def _hear(model: SparqleModel, wanted: Settings, captioned: Sequence[Captioned]) -> None:
     """Fills in what the CTC head hears in the same segments."""
     from bench.heard import greedy_text
-    from sparqle_stream import audio
 
     options = wanted.stream_options()
     wanted_ones = [one for one in captioned if one.recording.text and not one.has_failed]
     for one in _with_bar(wanted_ones, "CTC", len(wanted_ones)):
-        pcm = audio.read_file(one.recording.path)
+        pcm = one.recording.pcm()
         one.heard = greedy_text(model, options, pcm, one.events)
 
 
@@ -252,10 +251,20 @@ def parser() -> argparse.ArgumentParser:
     some.add_argument("--every", type=int, default=1, metavar="N", help="each n-th recording")
     some.add_argument("--limit", type=int, metavar="N", help="the first n recordings")
     add("--batch", type=int, default=1, metavar="N", help="streams at once, for speed (1)")
+    add("--offline", action="store_true", help="longest chunk and delay")
+    add("--long-form", type=float, metavar="S", help="join recordings to so many seconds")
+    add("--pause-s", type=float, default=0.5, metavar="S", help="where they are joined (0.5)")
     add("--without-ctc", action="store_true", help="leave out the greedy CTC text")
     add("--transcripts", type=Path, metavar="FILE.jsonl", help="texts side by side; for dev sets")
+    plots.add_option(parser)
     settings.add_options(parser)
     return parser
+
+
+def _joined(args: argparse.Namespace, recordings: RecordingSet) -> RecordingSet:
+    if args.long_form <= 0 or args.pause_s < 0:
+        raise ConfigError("nothing can be joined to that", hint="--long-form 300 --pause-s 0.5")
+    return manifests.joined(recordings, args.long_form, args.pause_s)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -263,19 +272,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> dict[str, Any]:
         wanted = settings.from_args(args, n_streams=args.batch)
+        if args.offline:
+            wanted = wanted.offline()
         wanted.stream_options()  # wrong options are said before a model is loaded
         folders = [*args.folders, *args.noise]
         sets = [manifests.read(folder, args.every, args.limit) for folder in folders]
         for recordings in sets[len(args.folders) :]:
             manifests.require_noise(recordings)
         manifests.require_files(sets)
-        return measure(
+        plots.require(args.plot)
+        if args.long_form is not None:
+            n = len(args.folders)
+            sets = [_joined(args, one) for one in sets[:n]] + sets[n:]
+        result = measure(
             wanted.load_model(),
             wanted,
             sets or [manifests.bundled()],
             with_ctc=not args.without_ctc,
             transcripts=args.transcripts,
         )
+        plots.draw(result, args.plot)
+        return result
 
     return settings.run_and_print(run, args.output)
 

@@ -177,12 +177,10 @@ def _play_all(player: Player, wanted: Settings, recordings: Sequence[Recording])
     """Every recording in turn, after a warm-up on the first."""
     from tqdm import tqdm
 
-    from sparqle_stream import audio
-
     options = wanted.stream_options()
-    first = audio.read_file(recordings[0].path)
+    first = recordings[0].pcm()
     player(first[: int(WARM_UP_S * SAMPLE_RATE_HZ)], options, lambda seconds: None)
-    total_s = sum(audio.file_seconds(r.path) or 0.0 for r in recordings)
+    total_s = sum(r.length_s() for r in recordings)
     every_s = 0.2 if sys.stderr.isatty() else 60.0
     with tqdm(
         total=total_s,
@@ -195,7 +193,7 @@ def _play_all(player: Player, wanted: Settings, recordings: Sequence[Recording])
         def progress(seconds: float) -> None:
             bar.update(min(seconds, total_s - bar.n))  # what a container says is not exact
 
-        return [player(audio.read_file(r.path), options, progress) for r in recordings]
+        return [player(r.pcm(), options, progress) for r in recordings]
 
 
 # --- command -----------------------------------------------------------------------------------

@@ -1,34 +1,70 @@
 """Manifests: a folder of recordings with their texts -> recordings to be captioned.
 
-In: a folder with `manifest.jsonl`, one object a line with `audio` (a path in the folder), `text`
-('' where nobody speaks) and, if known, `id`, `speaker` and `corpus`. Contract: what is wrong with
-a manifest is said with the number of the line, before anything is loaded.
+In, whichever is there: `manifest.jsonl`, one object a line with `audio` (a path in the folder),
+`text` ('' where nobody speaks) and, if known, `id`, `speaker` and `corpus`; or what
+bench.foreign_manifests reads: a LibriSpeech folder, or manifests of lhotse. Contract: what is wrong
+with a manifest is said with the number of the line, before anything is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
 
 MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
+    """A whole file, or `seconds` of it from `start_s` on; with `parts`, recordings in a row."""
+
     id: str
     path: Path
     text: str
     speaker: str
     corpus: str = ""
+    start_s: float = 0.0
+    seconds: float | None = None
+    parts: tuple[Recording, ...] = ()
+    pause_s: float = 0.0  # of silence after each part but the last
+
+    def pcm(self) -> npt.NDArray[np.float32]:
+        """(S,) at 16 kHz. Raises AudioFormatError for a file without audio."""
+        import numpy as np
+
+        from sparqle_stream import audio
+
+        if self.parts:
+            pause = np.zeros(round(self.pause_s * SAMPLE_RATE_HZ), np.float32)
+            pieces = [piece for part in self.parts for piece in (part.pcm(), pause)]
+            return np.concatenate(pieces[:-1])
+        pcm = audio.read_file(self.path)
+        if self.seconds is None:
+            return pcm
+        start = round(self.start_s * SAMPLE_RATE_HZ)
+        return pcm[start : start + round(self.seconds * SAMPLE_RATE_HZ)]
+
+    def length_s(self) -> float:
+        """Seconds; of whole files, what their containers say (0 if they do not)."""
+        from sparqle_stream import audio
+
+        if self.parts:
+            pauses_s = self.pause_s * (len(self.parts) - 1)
+            return sum(part.length_s() for part in self.parts) + pauses_s
+        return self.seconds or audio.file_seconds(self.path) or 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +86,67 @@ def read(folder: Path, every: int = 1, limit: int | None = None) -> RecordingSet
     """Each `every`-th recording of a folder, the first `limit` of them at most."""
     if every < 1 or (limit is not None and limit < 1):
         raise ConfigError("nothing would be left of the recordings", hint="use 1 or more")
-    path = folder / MANIFEST
-    try:
-        raw = path.read_bytes()
-    except OSError as err:
-        raise ConfigError(
-            f"there is no {MANIFEST} in {folder}",
-            hint='one object a line: {"audio": "a.wav", "text": "what is said", "speaker": "s1"}',
-        ) from err
-    lines = [(n, line) for n, line in enumerate(raw.splitlines(), 1) if line.strip()]
-    recordings = [_recording(folder, n, line) for n, line in lines]
+    raw, recordings = _all(folder)
     chosen = recordings[::every][:limit]
     if not chosen:
-        raise ConfigError(f"{path} names no recordings", hint="one JSON object a line")
+        raise ConfigError(f"the manifest in {folder} names no recordings", hint="one a line")
     fingerprint = hashlib.sha256(raw).hexdigest()[:16]
     return RecordingSet(_name(folder), tuple(chosen), fingerprint, len(recordings))
+
+
+def _all(folder: Path) -> tuple[bytes, list[Recording]]:
+    """The bytes of a folder's manifest and everything that it names."""
+    from bench import foreign_manifests
+
+    path = folder / MANIFEST
+    if path.is_file():
+        raw = path.read_bytes()
+        lines = [(n, line) for n, line in enumerate(raw.splitlines(), 1) if line.strip()]
+        return raw, [_recording(folder, n, line) for n, line in lines]
+    found = foreign_manifests.librispeech(folder) or foreign_manifests.lhotse(folder)
+    if found is None:
+        raise ConfigError(
+            f"there is no {MANIFEST} in {folder}, nothing of LibriSpeech and nothing of lhotse",
+            hint='one object a line: {"audio": "a.wav", "text": "what is said", "speaker": "s1"}',
+        )
+    return found
+
+
+def joined(recordings: RecordingSet, seconds: float, pause_s: float) -> RecordingSet:
+    """Long recordings: neighbours of one speaker in a row until they are `seconds` long or more.
+
+    What is left of a speaker in the end is shorter; recordings without text stay out.
+    """
+    groups: list[list[Recording]] = []
+    length_s = 0.0
+    for one in (r for r in recordings.recordings if r.text):
+        if groups and length_s < seconds and groups[-1][-1].speaker == one.speaker:
+            groups[-1].append(one)
+            length_s += one.length_s() + pause_s
+        else:
+            groups.append([one])
+            length_s = one.length_s()
+    if not groups:
+        raise ConfigError(f"{recordings.name} has no texts", hint="long-form needs speech")
+    return replace(
+        recordings,
+        name=f"{recordings.name}, joined to {seconds:g} s",
+        recordings=tuple(_in_a_row(group, pause_s) for group in groups),
+        n_all=len(groups),
+    )
+
+
+def _in_a_row(group: Sequence[Recording], pause_s: float) -> Recording:
+    first = group[0]
+    return Recording(
+        id=f"{first.id}+{len(group) - 1}",
+        path=first.path,
+        text=" ".join(one.text for one in group),
+        speaker=first.speaker,
+        corpus=first.corpus,
+        parts=tuple(group),
+        pause_s=pause_s,
+    )
 
 
 def require_noise(recordings: RecordingSet) -> None:
@@ -81,10 +163,11 @@ def require_files(sets: Sequence[RecordingSet]) -> None:
     """Raises ConfigError for a recording that is not there: sooner than after hours of others."""
     for of_set in sets:
         for recording in of_set.recordings:
-            if not recording.path.is_file():
-                raise ConfigError(
-                    f"there is no file {recording.path}", hint=f"it is named in {of_set.name}"
-                )
+            for one in recording.parts or (recording,):
+                if not one.path.is_file():
+                    raise ConfigError(
+                        f"there is no file {one.path}", hint=f"it is named in {of_set.name}"
+                    )
 
 
 def summary(sets: Sequence[RecordingSet]) -> list[dict[str, Any]]:

@@ -53,13 +53,11 @@ class Reel:
 
 def load(sets: Sequence[RecordingSet], pause_s: float, seed: int) -> Reel:
     """A reel of the recordings of all sets, of TAPE_S seconds of them at most."""
-    from sparqle_stream import audio
-
     recordings = [r for of_set in sets for r in of_set.recordings]
     clips: list[Pcm] = []
     n_left = int(TAPE_S * SAMPLE_RATE_HZ)
     for i in np.random.default_rng(seed).permutation(len(recordings)):
-        clips.append(audio.read_file(recordings[i].path)[:n_left])
+        clips.append(recordings[i].pcm()[:n_left])
         n_left -= len(clips[-1])
         if n_left <= 0:
             break

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import report_load
+from bench.tables import Machines, bound, conditions, number, settings, table
 from sparqle_stream.errors import ConfigError, SparqleError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     Json = dict[str, Any]
 
@@ -45,7 +47,7 @@ LATENCY_NOTES = """Recordings played in 20 ms packets, one stream. *Heard* is st
 to be heard before a word could leave), *clock* has the computing in it. *First word* counts from
 the beginning of a segment's first word; *chunk* is the computing of one chunk without the detector.
 Pace *virtual* does not wait for the clock: the queue of a machine with nothing else to do is kept
-in books."""
+in books. *AL*, *LAAL*, *DAL*: average, length-adaptive and differentiable average lagging."""
 
 
 def render(results: Sequence[tuple[str, Json]]) -> str:
@@ -56,7 +58,7 @@ def render(results: Sequence[tuple[str, Json]]) -> str:
                 f"{name} is the result of an unknown bench {result.get('bench')!r}",
                 hint=f"known are {', '.join(_SECTIONS)}; teach bench/report.py others",
             )
-    machines = _Machines()
+    machines = Machines()
     parts = [HEAD]
     for bench, section in _SECTIONS.items():
         mine = [(name, result) for name, result in results if result["bench"] == bench]
@@ -84,21 +86,21 @@ def read_all(folder: Path) -> list[tuple[str, Json]]:
 # --- accuracy ----------------------------------------------------------------------------------
 
 
-def _accuracy(results: Sequence[tuple[str, Json]], machines: _Machines) -> list[str]:
+def _accuracy(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]:
     parts = ["## Accuracy", ACCURACY_NOTES]
     sets = [(name, r, s) for name, r in results for s in r["sets"]]
     speech = [_speech_row(name, r, s) for name, r, s in sets if "speech" in s]
     noise = [_noise_row(name, r, s) for name, r, s in sets if "noise" in s]
     if speech:
         head = "set | settings | files | words | WER | CTC alone | S / D / I | last word"
-        parts.append(_table(f"{head} | emission p50, p90 | end to final p50, p90 | run", speech))
+        parts.append(table(f"{head} | emission p50, p90 | end to final p50, p90 | run", speech))
     if noise:
         parts += [
             "### Noise",
             "Every word that is shown where nobody speaks is false.",
-            _table("set | settings | files | minutes | false words | a minute | run", noise),
+            table("set | settings | files | minutes | false words | a minute | run", noise),
         ]
-    parts += ["### Runs of accuracy", _table(_RUN_HEAD, [_run_row(*r, machines) for r in results])]
+    parts += ["### Runs of accuracy", table(_RUN_HEAD, [_run_row(*r, machines) for r in results])]
     parts += [_speakers(name, s) for name, _, s in sets if len(_speakers_of(s)) > 1]
     return parts
 
@@ -113,7 +115,7 @@ def _speech_row(name: str, result: Json, of_set: Json) -> list[str]:
     delays = speech["delays_stream_time"]
     return [
         _source(of_set, f"{len(speech['speakers'])} speakers"),
-        _settings(result),
+        settings(result),
         _files(of_set),
         str(speech["words"]),
         wer,
@@ -130,11 +132,11 @@ def _noise_row(name: str, result: Json, of_set: Json) -> list[str]:
     noise = of_set["noise"]
     return [
         _source(of_set),
-        _settings(result),
+        settings(result),
         _files(of_set),
         f"{noise['minutes']:.1f}",
         str(noise["false_words"]),
-        f"**{_number(noise['false_words_per_minute'], 2)}**",
+        f"**{number(noise['false_words_per_minute'], 2)}**",
         f"`{name}`",
     ]
 
@@ -156,9 +158,9 @@ _RUN_HEAD = (
 )
 
 
-def _run_row(name: str, result: Json, machines: _Machines) -> list[str]:
+def _run_row(name: str, result: Json, machines: Machines) -> list[str]:
     timing, card = result["timing"], result["machine"]
-    rtf = _number(timing["rtf"], 3) + (" (machine was busy)" if timing["machine_was_busy"] else "")
+    rtf = number(timing["rtf"], 3) + (" (machine was busy)" if timing["machine_was_busy"] else "")
     return [
         f"`{name}`",
         str(sum(s["revisions"] for s in result["sets"])),
@@ -183,39 +185,44 @@ def _speakers(name: str, of_set: Json) -> str:
         [speaker or "(unknown)", str(s["utterances"]), str(s["words"]), f"{s['wer_percent']:.1f}"]
         for speaker, s in sorted(speakers.items(), key=lambda item: item[1]["wer_percent"])
     ]
-    table = _table("speaker | utterances | words | WER", rows)
+    by_speaker = table("speaker | utterances | words | WER", rows)
     title = f"{len(speakers)} speakers of {of_set['name']}, `{name}`"
-    return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
+    return f"<details><summary>{title}</summary>\n\n{by_speaker}\n\n</details>"
 
 
 # --- latency -----------------------------------------------------------------------------------
 
 
-def _latency(results: Sequence[tuple[str, Json]], machines: _Machines) -> list[str]:
+def _latency(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]:
     parts = ["## Latency", LATENCY_NOTES]
     for name, result in results:
         parts += [f"### `{name}`", _latency_facts(result, machines), _latency_table(result)]
-        stages = result["stage_ms_per_audio_second"]
-        parts.append(
-            "Computing per second of audio: "
-            + ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in stages.items())
-            + "."
-        )
+        stages = [f"{s} {ms:.1f} ms" for s, ms in result["stage_ms_per_audio_second"].items()]
+        parts += [f"Computing per second of audio: {', '.join(stages)}."] if stages else []
+        parts.append(_lagging(result["lagging"]))
     return parts
 
 
-def _latency_facts(result: Json, machines: _Machines) -> str:
-    timing, card = result["timing"], result["machine"]
+def _latency_facts(result: Json, machines: Machines) -> str:
+    timing = result["timing"]
     sets = ", ".join(f"{s['name']} (files: {s['recordings']})" for s in result["sets"])
-    busy = f"; **the machine was busy** ({timing['others_share_before']:.0%} of it taken)"
     return (
-        f"{sets}, {result['audio_seconds']:.0f} s, {_settings(result)}, pace: {timing['pace']}; "
-        f"RTF **{_number(result['rtf'], 3)}**, peak memory {timing['peak_rss_mb']:.0f} MB, "
-        f"latest packet {_number(result['latest_packet_ms'], 0)} ms late"
+        f"{sets}, {result['audio_seconds']:.0f} s, {settings(result)}, pace: {timing['pace']}, "
+        f"through: {timing['through']}; "
+        f"RTF **{number(result['rtf'], 3)}**, peak memory {timing['peak_rss_mb']:.0f} MB, "
+        f"latest packet {number(result['latest_packet_ms'], 0)} ms late"
         f"{_unsure(result, result['algorithmic']['emission_ms']['n'])}; "
-        f"weights `{card['weights_hash'][:12]}`, commit `{card['commit']}`, "
-        f"machine {machines.label(card)}{busy if timing['machine_was_busy'] else ''}"
+        f"{conditions(result, machines)}.{bound(result)}"
     )
+
+
+def _lagging(of_both: Json) -> str:
+    """AL, LAAL and DAL: what papers on simultaneous translation report."""
+    rows = [
+        [what, *(number(of_both[side][f"{kind}_ms"], 0) for kind in ("al", "laal", "dal"))]
+        for what, side in (("heard", "algorithmic"), ("clock", "with_compute"))
+    ]
+    return table("ms | AL | LAAL | DAL", rows)
 
 
 def _latency_table(result: Json) -> str:
@@ -230,50 +237,21 @@ def _latency_table(result: Json) -> str:
         "chunk": result["chunk_compute_ms"],
     }
     columns = ("n", "p50", "p90", "p95", "p99", "max")
-    return _table(
+    return table(
         "ms | " + " | ".join(columns),
-        [[what, *(_number(values[c], 0) for c in columns)] for what, values in rows.items()],
+        [[what, *(number(values[c], 0) for c in columns)] for what, values in rows.items()],
     )
 
 
-# --- both --------------------------------------------------------------------------------------
+# --- all --------------------------------------------------------------------------------------
 
-_SECTIONS: dict[str, Callable[[Sequence[tuple[str, Json]], _Machines], list[str]]] = {
+_SECTIONS: dict[str, Callable[[Sequence[tuple[str, Json]], Machines], list[str]]] = {
     "accuracy": _accuracy,
     "latency": _latency,
+    "throughput": report_load.throughput,
+    "soak": report_load.soak,
+    "compare": report_load.compare,
 }
-
-
-class _Machines:
-    """Gives every machine a letter the first time it is named."""
-
-    def __init__(self) -> None:
-        self._known: list[str] = []
-
-    def label(self, card: Json) -> str:
-        text = _machine(card)
-        if text not in self._known:
-            self._known.append(text)
-        return chr(ord("A") + self._known.index(text))
-
-    def section(self) -> list[str]:
-        lines = [f"- **{chr(ord('A') + i)}**: {text}" for i, text in enumerate(self._known)]
-        return ["## Machines", "\n".join(lines)] if lines else []
-
-
-def _machine(card: Json) -> str:
-    versions = ", ".join(f"{name} {v}" for name, v in card["versions"].items())
-    return (
-        f"{card['cpu']} ({' '.join(card['cpu_flags']) or 'no vector units known'}), "
-        f"{card['cores_allowed']} of {card['cores']} cores, threads: {card['threads']}, "
-        f"{card['memory_gb']:.0f} GB, {card['system']}, Python {card['python']}; {versions}"
-    )
-
-
-def _settings(result: Json) -> str:
-    s = result["settings"]
-    text = f"{s['model']}, chunk {s['chunk_ms']} ms, delay {s['delay_ms']} ms, VAD {s['vad']}"
-    return f"{text}, {s['dtype']}" + (f", LLM {s['llm']}" if s["llm"] else "")
 
 
 def _unsure(result: Json, n_words: int) -> str:
@@ -283,17 +261,7 @@ def _unsure(result: Json, n_words: int) -> str:
 
 
 def _two(percentiles: Json) -> str:
-    return f"{_number(percentiles['p50'], 0)}, {_number(percentiles['p90'], 0)} ms"
-
-
-def _number(value: float | None, n_digits: int) -> str:
-    return "-" if value is None else f"{value:.{n_digits}f}"
-
-
-def _table(head: str, rows: Iterable[Sequence[str]]) -> str:
-    columns = head.split(" | ")
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"{number(percentiles['p50'], 0)}, {number(percentiles['p90'], 0)} ms"
 
 
 # --- command -----------------------------------------------------------------------------------

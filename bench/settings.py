@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
+from sparqle_stream.config import (
+    CHUNK_MS_RANGE,
+    DELAY_MS_RANGE,
+    EngineConfig,
+    StreamOptions,
+    VadConfig,
+)
 from sparqle_stream.errors import ConfigError, SparqleError
 
 if TYPE_CHECKING:
@@ -52,6 +58,14 @@ class Settings:
             dtype=self.dtype,
             compute=self.compute,
         )
+
+    def offline(self) -> Settings:
+        """The same for whoever has the whole recording and time: longest chunk, longest delay."""
+        return replace(self, chunk_ms=CHUNK_MS_RANGE[1], delay_ms=DELAY_MS_RANGE[1])
+
+    @property
+    def mode(self) -> str:
+        return "offline" if self == self.offline() else "streaming"
 
     def load_model(self) -> SparqleModel:
         from sparqle_stream import models

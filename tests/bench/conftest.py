@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import wave
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from bench_wav import write_wav
 
 from bench import manifests
 from sparqle_stream import testing
@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     MakeFolder = Callable[[str, list[dict[str, str]]], Path]
-
-
-def write_wav(path: Path, pcm: np.ndarray) -> None:
-    """PCM (S,) as 16-bit WAV; the levels of `say` come back exactly."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE_HZ)
-        file.writeframes(np.rint(pcm * 32768).astype("<i2").tobytes())
 
 
 @pytest.fixture

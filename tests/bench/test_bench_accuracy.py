@@ -157,6 +157,41 @@ def test_the_command_prints_one_json_document(idle, speech, noise, tmp_path, cap
     assert str(tmp_path) not in output.read_text()
 
 
+def test_offline_is_the_longest_chunk_and_delay(oracle, idle, speech):
+    assert QUICK.mode == "streaming"
+    wanted = QUICK.offline()
+    assert (wanted.chunk_ms, wanted.delay_ms, wanted.mode) == (1280, 960, "offline")
+    result = accuracy.measure(oracle, wanted, [manifests.read(speech)], with_ctc=False)
+    assert (result["mode"], result["settings"]["chunk_ms"]) == ("offline", 1280)
+    assert result["sets"][0]["speech"]["wer_percent"] == 40.0  # the oracle hears no worse
+    page = report.render([("x.json", json.loads(json.dumps(result)))])
+    assert "offline" in page
+
+
+def test_long_form_is_scored_as_one_text(oracle, idle, speech):
+    """'good day' and 'to all' of bob in a row against 'Good night. to us all': 2 of 5 are wrong.
+
+    Ann's first recording stands alone, bob's two are joined, then ann's last: the same 4 errors.
+    """
+    long = manifests.joined(manifests.read(speech), 60.0, 0.32)
+    result = accuracy.measure(oracle, QUICK, [long], with_ctc=False)
+    (of_set,) = result["sets"]
+    assert of_set["recordings"] == 3
+    figures = of_set["speech"]
+    counts = ("words", "substitutions", "deletions", "insertions", "utterances")
+    assert [figures[c] for c in counts] == [10, 1, 1, 2, 3]
+    assert of_set["name"] == "sets/speech, joined to 60 s"
+
+
+def test_the_command_joins_speech_and_leaves_noise(idle, speech, noise, capsys):
+    arguments = [str(speech), "--noise", str(noise), "--model", "random:tiny", "--vad", "off"]
+    more = ["--long-form", "60", "--pause-s", "0.16", "--offline", "--without-ctc"]
+    assert accuracy.main([*arguments, *more]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [s["recordings"] for s in result["sets"]] == [3, 3]
+    assert result["mode"] == "offline"
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

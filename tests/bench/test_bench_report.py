@@ -44,6 +44,7 @@ TIMING = {
     "others_share_before": 0.01,
     "wall_seconds": 80.0,
     "pace": "virtual",
+    "through": "the engine, in process",
 }
 DELAYS = {
     "emission_ms": percentiles_ms([0.301, 0.411]),
@@ -90,6 +91,11 @@ LATENCY = {
     "rtf": 0.0987,
     "latest_packet_ms": 2.0,
     "words_with_unsure_end": 0,
+    "lagging": {
+        "algorithmic": {"recordings": 1, "al_ms": 901.2, "laal_ms": 955.5, "dal_ms": 1010.1},
+        "with_compute": {"recordings": 1, "al_ms": 971.2, "laal_ms": 1025.5, "dal_ms": 1080.1},
+    },
+    "bound": {"read_gb_per_s": 20.0, "chunk_ms_at_least": 7.7, "rtf_at_least": 0.0241},
 }
 
 
@@ -132,6 +138,9 @@ def test_figures_of_latency_are_on_the_page():
     assert rows(page, "chunk")[0] == ["chunk", "1", "44", "44", "44", "44", "44"]
     assert "encoder 33.3 ms, llm 55.5 ms" in page
     assert "RTF **0.099**" in page
+    assert rows(page, "heard") == [["heard", "901", "956", "1010"]]
+    assert rows(page, "clock") == [["clock", "971", "1026", "1080"]]
+    assert "at 20.0 GB/s the weights alone take 7.7 ms a chunk, RTF 0.024" in page
     assert "`feedbeef0011`" in page
     assert "`0123456789ab`" in page
 
@@ -198,8 +207,8 @@ def test_what_is_missing_shows_as_a_dash():
 
 
 def test_an_unknown_bench_is_an_error_and_not_a_gap():
-    with pytest.raises(ConfigError, match=r"x\.json.*'soak'"):
-        report.render([("x.json", {"bench": "soak"})])
+    with pytest.raises(ConfigError, match=r"x\.json.*'sulk'"):
+        report.render([("x.json", {"bench": "sulk"})])
 
 
 @pytest.fixture

@@ -41,12 +41,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`build(streams, dtype, device)`; `has_products`: fp16 and bf16 must use tensor cores."""
+    """`build(streams, dtype, device)`; `has_products`: fp16 and bf16 must use tensor cores.
+
+    `streams` are the numbers of them, or of utterances, that are counted and measured.
+    """
 
     op: str
     label: str
     build: Callable[[int, torch.dtype, str], Problem]
     has_products: bool = True
+    streams: tuple[int, ...] = STREAMS
 
     def launches(self, problem: Problem) -> tuple[list[Launch], Any]:
         """What Triton would run, and the tensors that it fills."""
@@ -193,7 +197,7 @@ def log_mel(streams: int, _dtype: torch.dtype, device: str) -> Problem:
     # multiplied with the bank, clamped and logged
     per_frame = 4 * (2 * n_fft + 2 * n_bins + 6 * n_bins + n_bins + 4 * n_mels)
     unfused = moved + streams * n_frames * per_frame
-    flops = streams * n_frames * (4 * n_fft * n_bins + 2 * n_bins * n_mels)
+    flops = streams * n_frames * (4 * n_bins * n_bins + 2 * n_bins * n_mels)
     return Problem((wave, transform, hop), moved, flops, unfused)
 
 
@@ -211,7 +215,12 @@ CASES = [
     Case("decode_attention", f"8 rows, slot {SLOT}", decode_attention(8, SLOT)),
     Case("decode_attention", f"32 rows, slot {SLOT}", decode_attention(32, SLOT)),
     Case("decode_attention", "4 rows, slot 256", decode_attention(4, 256)),
-    Case("utterance_attention", f"T 1000, chunk {CHUNK}, left {LEFT}", utterance_attention),
+    Case(
+        "utterance_attention",
+        f"T 1000, chunk {CHUNK}, left {LEFT}",
+        utterance_attention,
+        streams=(1, 8, 32),
+    ),
     Case("add_layer_norm", f"{CHUNK} rows of {HEADS * WIDTH}", add_layer_norm, False),
     Case("rms_norm_rope_append", "1 row", rms_norm_rope_append(1), False),
     Case("rms_norm_rope_append", "4 rows", rms_norm_rope_append(4), False),

@@ -34,7 +34,12 @@ def exact(wave, transform, hop):
 def test_the_basis_is_the_fourier_transform(shape):
     wave, transform, hop = inputs(shape)
     frames = wave.double().unfold(1, len(transform.window), hop)
-    power = (frames @ transform.cos.double()) ** 2 + (frames @ transform.sin.double()) ** 2
+    half = frames[..., : frames.shape[2] // 2 + 1].clone()
+    mirrored = torch.zeros_like(half)
+    mirrored[..., 1:-1] = frames.flip(2)[..., : half.shape[2] - 2]
+    re = (half + mirrored) @ transform.cos.double()
+    im = (half - mirrored) @ transform.sin.double()
+    power = re**2 + im**2
     got = (power @ transform.bank.double()).clamp(min=1e-10).log10()
     torch.testing.assert_close(got, exact(wave, transform, hop), atol=1e-5, rtol=0)
 
@@ -74,3 +79,10 @@ def test_triton_in_silence_and_beyond_the_end(place):
     torch.testing.assert_close(out, torch.full((1, 3, 3), -10.0))
     assert triton.log_mel(silence[:, :29], transform, 7).shape == (1, 0, 3)
     assert log_mel(torch.zeros(1, 29), make_transform(torch.ones(30), torch.ones(16, 3)), 7).shape
+
+
+def test_a_window_that_is_not_symmetric_is_refused():
+    """Half of the basis would be silently wrong for it; so would the other end of a frame."""
+    for window in (torch.rand(30), torch.hann_window(30, periodic=False), torch.ones(31)):
+        with pytest.raises(ValueError, match="symmetric"):
+            make_transform(window, torch.ones(16, 3))

@@ -16,17 +16,24 @@ class Transform(NamedTuple):
 
     window: Tensor  # (n_fft,)
     bank: Tensor  # (n_fft / 2 + 1, M) mel filters
-    cos: Tensor  # (n_fft, n_fft / 2 + 1) windowed basis of the real part
-    sin: Tensor  # (n_fft, n_fft / 2 + 1) and of the imaginary part
+    cos: Tensor  # (n_fft / 2 + 1, n_fft / 2 + 1) windowed basis of the real part, by sample, bin
+    sin: Tensor  # the same of the imaginary part
 
 
 def make_transform(window: Tensor, bank: Tensor) -> Transform:
-    """window (n_fft,), bank (n_fft / 2 + 1, M); angles are reduced before they are rounded."""
+    """window (n_fft,), bank (n_fft / 2 + 1, M), n_fft even and window[n] = window[n_fft - n].
+
+    With such a window (Hann's and all of its kin) samples n and n_fft - n share their factors, so
+    that their sum and their difference are transformed with half of the basis.
+    """
     n_fft = len(window)
-    index = torch.arange(n_fft, device=window.device)
-    turn = torch.outer(index, torch.arange(n_fft // 2 + 1, device=window.device)) % n_fft
+    if n_fft % 2 or not window.is_meta and (window[1:] - window[1:].flip(0)).abs().max() > 1e-6:
+        raise ValueError("the window must be periodic, of even length and symmetric")
+    half = torch.arange(n_fft // 2 + 1, device=window.device)
+    turn = torch.outer(half, half) % n_fft  # reduced before it is rounded
     angle = turn.double() * (2 * math.pi / n_fft)
-    cos, sin = (part * window.double()[:, None] for part in (angle.cos(), angle.sin()))
+    side = window.double()[: n_fft // 2 + 1, None]
+    cos, sin = angle.cos() * side, angle.sin() * side
     return Transform(window, bank, cos.to(window.dtype), sin.to(window.dtype))
 
 

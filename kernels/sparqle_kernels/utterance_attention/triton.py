@@ -219,7 +219,7 @@ def backward_launches(
             utterance_attention_bwd_kv,
             grid,
             {**read, "d_k": d_k, "d_v": d_v, **scales, **mask, **strides},
-            constants,
+            {**constants, "BM": min(side, 32)},  # two sums in registers: 64 queries spill
             n_warps=warps(side),
         ),
         Launch(

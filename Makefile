@@ -8,6 +8,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3 python 2>/dev/null) 
 # More arguments for pip, for example another index: make install PIP_ARGS="--index-url URL"
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN  := $(VENV)/bin
 CODE := sparqle_stream kernels training $(if $(wildcard bench/*.py),bench) tests
@@ -53,11 +54,14 @@ pull: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed-dev ## latency, throughput and accuracy into bench/results
+# Nothing is timed on a busy machine, unless: make bench BENCH_ARGS=--force
+bench: $(VENV)/.installed-dev ## accuracy, latency, throughput, soak into bench/results; the page of them
 	$(BIN)/sparqle-stream models pull
-	set -e; for bench in latency throughput accuracy; do \
-	  if [ -f bench/$$bench.py ]; then $(BIN)/python -m bench.$$bench; fi; \
+	set -e; for bench in accuracy latency throughput soak; do \
+	  $(BIN)/python -m bench.$$bench $(BENCH_ARGS) --output bench/results/$$bench.json; \
 	done
+	$(BIN)/python -m bench.compare $(BENCH_ARGS) --output bench/results/compare.json
+	$(BIN)/python -m bench.report
 
 build: $(VENV)/.installed-dev ## wheel and source archive into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .

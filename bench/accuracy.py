@@ -11,7 +11,8 @@ folders of noise: false words a minute. Recordings without text in any folder co
 
 Contract: texts and delays do not depend on the machine's load, and in float32 not on --batch
 either; int8 and bf16 round differently with more rows, so that near ties may flip. RTF depends on
-all of it, and the result says how busy the machine was and how many streams ran at once.
+all of it: a machine that others use is refused, unless --force, and the result says how busy it was
+and how many streams ran at once.
 """
 
 from __future__ import annotations
@@ -256,6 +257,7 @@ def parser() -> argparse.ArgumentParser:
     add("--pause-s", type=float, default=0.5, metavar="S", help="where they are joined (0.5)")
     add("--without-ctc", action="store_true", help="leave out the greedy CTC text")
     add("--transcripts", type=Path, metavar="FILE.jsonl", help="texts side by side; for dev sets")
+    add("--force", action="store_true", help="on a busy machine: only RTF suffers, and it says so")
     plots.add_option(parser)
     settings.add_options(parser)
     return parser
@@ -281,6 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             manifests.require_noise(recordings)
         manifests.require_files(sets)
         plots.require(args.plot)
+        if not args.force:
+            machine.require_free(is_forced=False)
         if args.long_form is not None:
             n = len(args.folders)
             sets = [_joined(args, one) for one in sets[:n]] + sets[n:]

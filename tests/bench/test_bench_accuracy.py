@@ -75,9 +75,14 @@ def test_the_result_says_what_it_was_measured_with(oracle, idle, speech):
     assert not timing["machine_was_busy"]
 
 
-def test_a_busy_machine_does_not_stop_it_but_is_noted(oracle, monkeypatch, speech):
+def test_a_busy_machine_is_refused_or_noted(oracle, monkeypatch, speech, capsys):
     monkeypatch.setattr("bench.machine.busy_share", lambda: 0.8)
-    result = accuracy.measure(oracle, QUICK, [manifests.read(speech)], with_ctc=False)
+    monkeypatch.setattr("sparqle_stream.models.load", lambda *_, **__: oracle)
+    arguments = [str(speech), "--vad", "off", "--without-ctc"]
+    assert accuracy.main(arguments) == 2
+    assert "--force" in capsys.readouterr().err
+    assert accuracy.main([*arguments, "--force"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["timing"]["machine_was_busy"]
     assert result["timing"]["others_share_before"] == 0.8
 
@@ -201,7 +206,7 @@ def test_the_command_joins_speech_and_leaves_noise(idle, speech, noise, capsys):
         (["--model", "no-such-model"], "no-such-model"),
     ],
 )
-def test_errors_say_what_to_do(capsys, arguments, what):
+def test_errors_say_what_to_do(idle, capsys, arguments, what):
     assert accuracy.main(arguments) == 2
     said = capsys.readouterr()
     assert what in said.err

@@ -151,7 +151,7 @@ def test_rms_norm_rope_append_by_its_definition(shape):
     exact = append_truth(x, qkv, rotation, slots)
     q = rms_norm_rope_append(x, qkv, EPS, rotation, slots)
     for got, expected in zip((q, slots.k, slots.v), exact, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12, equal_nan=True)
 
 
 def test_folding_the_norm_into_the_matrix_changes_nothing():

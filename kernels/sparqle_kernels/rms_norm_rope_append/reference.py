@@ -32,8 +32,11 @@ def rms_norm_rope_append(
 ) -> Tensor:
     """x (B, R, E), qkv (B, R, (H + 2 KV) d) -> rotated q (B, H, R, d); writes k and v in place."""
     _, n_kv, _, d = slots.k.shape
-    scale = (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    heads = (qkv.float() * scale).view(*qkv.shape[:2], -1, d).transpose(1, 2)  # (B, H + 2 KV, R, d)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    scale = (x.to(exact).square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    heads = (
+        (qkv.to(exact) * scale).view(*qkv.shape[:2], -1, d).transpose(1, 2)
+    )  # (B, H + 2 KV, R, d)
     rotated, value = heads[:, :-n_kv], heads[:, -n_kv:]
     position = slots.start[:, None] + torch.arange(x.shape[1], device=x.device)  # (B, R)
     active = slots.slot >= 0

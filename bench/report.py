@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import report_load
+from bench import report_kernels, report_load
 from bench.tables import Machines, bound, conditions, number, settings, table
 from sparqle_stream.errors import ConfigError, SparqleError
 
@@ -251,6 +251,7 @@ _SECTIONS: dict[str, Callable[[Sequence[tuple[str, Json]], Machines], list[str]]
     "throughput": report_load.throughput,
     "soak": report_load.soak,
     "compare": report_load.compare,
+    "kernels": report_kernels.kernels,
 }
 
 

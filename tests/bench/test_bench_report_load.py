@@ -139,6 +139,42 @@ def test_a_busy_machine_is_said(result):
     assert "**the machine was busy** (50% of it taken)" in report.render([("r.json", busy)])
 
 
+KERNELS = {
+    "bench": "kernels",
+    "checks": [{"op": "log_mel", "case": "c", "dtype": "float32", "is_green": True}],
+    "is_green": True,
+    "copy_gb_per_s": 4000,
+    "matrix_tflops": 650.5,
+    "rows": [
+        {
+            "op": "log_mel",
+            "case": "c",
+            "dtype": "bfloat16",
+            "streams": 64,
+            "ms": {"triton": 0.0125, "eager": 0.05, "compiled": None},
+            "share_of_copy": 0.755,
+            "share_of_matrix": 0.02,
+            "speedup": 4.0,
+        }
+    ],
+    "gpu": "Example GPU",
+    "versions": {"torch": "2.13.0"},
+    "commit": "0123456789ab",
+}
+
+
+def test_figures_of_kernels_are_on_the_page():
+    page = report.render([("k.json", KERNELS)])
+    assert "Example GPU; a copy 4000 GB/s, matrix product 650.5 TFLOP/s; 1 comparisons, all" in page
+    assert rows(page, "log_mel")[0] == [
+        *("log_mel", "c", "64", "bfloat16", "0.0125", "-", "0.0500"),
+        *("4.00 times", "76%", "2%"),
+    ]
+    wrong = [KERNELS["checks"][0] | {"is_green": False}]
+    red = {"bench": "kernels", "checks": wrong, "is_green": False}
+    assert "**wrong: log_mel (c, float32)**" in report.render([("k.json", red)])
+
+
 # --- plots -------------------------------------------------------------------------------------
 
 COMPARE = {

@@ -4,8 +4,9 @@
         if isinstance(event, messages.Final):
             print(event.text, end="")
 
-Contract: everything that `blocks` gave is captioned before the iteration ends with `Done`, or it
-ends with the server's `Error` event, or raises ServerError. Latency: none of its own.
+Contract: everything that `blocks` gave is captioned before the iteration ends with `Done`, each
+word once, also over connections that are lost on the way; or it ends with the server's `Error`
+event, or raises ServerError. Latency: none of its own.
 """
 
 from __future__ import annotations
@@ -25,43 +26,86 @@ import numpy as np
 from sparqle_stream import messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError, SparqleError
+from sparqle_stream.replay import FLUSH, Patience, Progress, Replay
+
+__all__ = ["FLUSH", "LostError", "ServerError", "stream", "stream_sync", "stream_url"]
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+    from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 
-    import numpy.typing as npt
     from websockets.asyncio.client import ClientConnection
 
     from sparqle_stream.messages import Event
-
-    Pcm = npt.NDArray[np.float32]
+    from sparqle_stream.replay import Block
 
 ROUTE = "/v1/stream"
 SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 FRAME_SAMPLES = SAMPLE_RATE_HZ  # longer blocks are cut: a server takes frames of 1 MiB
 OPEN_TIMEOUT_S = 10.0
+RESUME_S = 30.0
+RETRY_CODES = (1001, 1006, 1011, 1012, 1013)
 
 
 class ServerError(SparqleError):
     """No server there, it refused the connection, or the connection was lost."""
 
     code = "connection"
+    may_retry = True  # the same again may work in a while
+
+
+class LostError(ServerError):
+    """The connection ended before the last event."""
 
 
 async def stream(
     url: str,
-    blocks: Iterable[Pcm] | AsyncIterable[Pcm],
+    blocks: Iterable[Block] | AsyncIterable[Block],
     *,
     options: Mapping[str, str | int] | None = None,
     api_key: str = "",
+    resume_s: float = RESUME_S,
 ) -> AsyncGenerator[Event, None]:
     """Sends `blocks` as they come and yields events up to Done or Error.
 
-    `blocks` may wait (a microphone): an iterable is read in a thread of its own. `options` are
-    fields of the query such as chunk_ms or prompt; pace="file" for audio that is not live.
+    `blocks` may wait (a microphone): an iterable is read in a thread of its own. FLUSH among them
+    brings the last words out, then `Flushed`. `options` are fields of the query such as chunk_ms or
+    prompt; pace="file" for audio that is not live.
+
+    A connection that is lost is made again, for up to `resume_s` seconds of trying, and what the
+    server had not acknowledged is sent again: every word comes once, and a Warning `reconnected`
+    tells of it. With 0 a lost connection is an error.
     """
-    websocket = await _connect(stream_url(url, options), api_key)
-    sender = asyncio.create_task(_send(websocket, blocks))
+    replay = Replay(_each(blocks))
+    progress = Progress()
+    asked = dict(options or {}) | ({"ack": "on"} if resume_s > 0 else {})
+    websocket = await _connect(stream_url(url, asked), api_key)
+    patience = Patience(resume_s)
+    try:
+        while True:
+            try:
+                async with contextlib.aclosing(_one_connection(websocket, replay)) as events:
+                    async for event in events:
+                        patience.renew(event)
+                        if (told := progress.note(event, replay)) is not None:
+                            yield told
+                return
+            except LostError as err:
+                if resume_s <= 0 or not (err.may_retry and progress.stream_id):
+                    raise
+                again = asked | progress.query(replay.offset)
+                websocket = await _reconnect(url, again, api_key, patience, err)
+            yield messages.Warning(
+                "reconnected", "the connection was lost and is back", replay.offset / SAMPLE_RATE_HZ
+            )
+    finally:
+        await replay.close()
+
+
+async def _one_connection(
+    websocket: ClientConnection, replay: Replay
+) -> AsyncGenerator[Event, None]:
+    """Sends what is open and yields what comes; closes the connection."""
+    sender = asyncio.create_task(_send(websocket, replay))
     try:
         async with contextlib.aclosing(_receive(websocket, sender)) as events:
             async for event in events:
@@ -72,15 +116,36 @@ async def stream(
         await websocket.close()
 
 
+async def _reconnect(
+    url: str,
+    options: Mapping[str, str | int],
+    api_key: str,
+    patience: Patience,
+    lost: ServerError,
+) -> ClientConnection:
+    """A new connection. Raises what was wrong last when the patience is at its end."""
+    last = lost
+    for pause_s in patience.pauses():
+        await asyncio.sleep(pause_s)
+        try:
+            return await _connect(stream_url(url, options), api_key)
+        except ServerError as err:
+            last = err
+            if not err.may_retry:
+                break
+    raise last
+
+
 def stream_sync(
     url: str,
-    blocks: Iterable[Pcm],
+    blocks: Iterable[Block],
     *,
     options: Mapping[str, str | int] | None = None,
     api_key: str = "",
+    resume_s: float = RESUME_S,
 ) -> Iterator[Event]:
     """`stream` for programs without an event loop."""
-    events = stream(url, blocks, options=options, api_key=api_key)
+    events = stream(url, blocks, options=options, api_key=api_key, resume_s=resume_s)
     with asyncio.Runner() as runner:
         try:
             while True:
@@ -148,26 +213,33 @@ async def _connect(url: str, api_key: str) -> ClientConnection:
 
 def _refusal(at: str, status: int, body: bytes | bytearray | None) -> ServerError:
     """An HTTP answer instead of an upgrade; our servers explain themselves in JSON."""
+    hints = {401: "give --api-key KEY", 403: "is the path right?", 404: f"the path is {ROUTE}"}
+    hint = hints.get(status, "try again later")
+    err = ServerError(f"{at} refused with HTTP {status}", hint)
     with contextlib.suppress(ValueError, KeyError, TypeError):
         said = json.loads(body or b"")
-        return ServerError(f"{at} refused: {said['message']}", hint=said["hint"])
-    hints = {401: "give --api-key KEY", 403: "is the path right?", 404: f"the path is {ROUTE}"}
-    return ServerError(f"{at} refused with HTTP {status}", hints.get(status, "try again later"))
+        err = ServerError(f"{at} refused: {said['message']}", hint=said["hint"])
+    err.may_retry = status >= 500 or status == 429
+    return err
 
 
-async def _send(websocket: ClientConnection, blocks: Iterable[Pcm] | AsyncIterable[Pcm]) -> None:
-    """All audio, then the end. A closed connection ends it quietly: `_receive` says why."""
+async def _send(websocket: ClientConnection, replay: Replay) -> None:
+    """What is not acknowledged, then all other audio, then the end. A closed connection ends it
+    quietly: `_receive` says why."""
     from websockets.exceptions import ConnectionClosed
 
     with contextlib.suppress(ConnectionClosed):
-        async for block in _each(blocks):
+        async for block in replay.blocks():
+            if block is FLUSH:
+                await websocket.send(json.dumps({"type": "flush"}))
+                continue
             samples = np.ascontiguousarray(block, "<f4")
             for start in range(0, len(samples), FRAME_SAMPLES):
                 await websocket.send(samples[start : start + FRAME_SAMPLES].tobytes())
         await websocket.send(json.dumps({"type": "end"}))
 
 
-async def _each(blocks: Iterable[Pcm] | AsyncIterable[Pcm]) -> AsyncIterator[Pcm]:
+async def _each(blocks: Iterable[Block] | AsyncIterable[Block]) -> AsyncGenerator[Block, None]:
     if isinstance(blocks, AsyncIterable):
         async for block in blocks:
             yield block
@@ -206,10 +278,12 @@ async def _receive(
     except ConnectionClosed as err:
         code = err.rcvd.code if err.rcvd else 1006
         reason = err.rcvd.reason if err.rcvd else "no close frame"
-        raise ServerError(
+        lost = LostError(
             f"the connection was lost before the end: {reason or 'no reason given'} ({code})",
-            hint="try again" if code in (1006, 1012, 1013) else "see docs/protocol.md",
-        ) from err
+            hint="try again" if code in RETRY_CODES else "see docs/protocol.md",
+        )
+        lost.may_retry = code in RETRY_CODES
+        raise lost from err
     finally:
         incoming.cancel()
         await asyncio.gather(incoming, return_exceptions=True)

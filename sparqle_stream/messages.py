@@ -59,6 +59,16 @@ class Flushed:
 
 
 @dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """A client that lost its connection has to send audio again only from `offset` on: samples at
+    the rate that it sends. Only servers say it, and only when asked."""
+
+    offset: int
+    time: float
+    lag: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Final:
     """Words that will never change. `text` is what to append to the transcript, spaces included."""
 
@@ -109,13 +119,25 @@ class Done:
     lag: float = 0.0
 
 
-Event = Ready | SpeechStarted | SpeechStopped | Flushed | Final | Tail | Warning | Error | Done
+Event = (
+    Ready
+    | SpeechStarted
+    | SpeechStopped
+    | Flushed
+    | Acknowledged
+    | Final
+    | Tail
+    | Warning
+    | Error
+    | Done
+)
 
 _NAMES: dict[str, type[Event]] = {
     "ready": Ready,
     "speech_started": SpeechStarted,
     "speech_stopped": SpeechStopped,
     "flushed": Flushed,
+    "acknowledged": Acknowledged,
     "final": Final,
     "tail": Tail,
     "warning": Warning,

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route, WebSocketRoute
 
 from sparqle_stream.errors import BusyError, ConfigError, SparqleError
-from sparqle_stream.server import probes, request, uploads
+from sparqle_stream.server import page, probes, request, uploads
 from sparqle_stream.server.connection import Connection
 from sparqle_stream.server.deepgram import ListenDialect
 from sparqle_stream.server.hub import Hub
@@ -61,8 +61,9 @@ def create_app(engine: Engine, cfg: ServerConfig) -> Starlette:
     app = Starlette(
         routes=[
             *probes.routes(),
+            *page.routes(),
             Route(uploads.ROUTE, uploads.transcribe, methods=["POST"]),
-            *(Route(path, _needs_upgrade) for path in DIALECTS),
+            *(Route(path, _needs_upgrade) for path in DIALECTS if path != "/"),
             *sockets,
             WebSocketRoute("/{path:path}", _no_route),
         ]

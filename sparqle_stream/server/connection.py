@@ -185,6 +185,7 @@ class Connection:
         self.phase = Phase.CONNECTING
         self.stream: Stream | None = None
         self.stream_id = ""  # of the last stream, for logs
+        self.is_resumable = False  # the client comes back by itself and sends again what is open
         self.n_fed = 0  # samples at 16 kHz, over all streams of this connection
         self.dialect: Dialect
         self._last: CloseFrame | None = None  # we stop: nothing more is taken
@@ -319,6 +320,17 @@ class Connection:
         """Seconds of audio received and not captioned yet."""
         return self.stream.backlog_s if self.stream is not None else 0.0
 
+    @property
+    def heard_s(self) -> float:
+        """Seconds of audio received that the model has begun with, or that hold no speech. At most:
+        the worker moves audio from the inbox to the session, so the inbox is looked at first."""
+        stream = self.stream
+        if stream is None:
+            return self.time_s
+        n_waiting = stream.n_inbox
+        n_waiting += stream.session.n_waiting if stream.session is not None else 0
+        return max(0.0, self.time_s - n_waiting / SAMPLE_RATE_HZ)
+
     # --- life ------------------------------------------------------------------------------------
 
     async def run(self, subprotocol: str | None = None) -> None:
@@ -360,6 +372,8 @@ class Connection:
         self._last = self._last or CloseFrame(code, reason, reason)
         if self.stream is None:
             self.close_done()
+        elif self.is_resumable and code is Close.RESTART:
+            self.close(code, reason, reason)  # the words of half a word would be in the way
         else:
             self.stream.finish()
 

@@ -7,8 +7,10 @@ the tables. An error is told once and ends the connection.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sparqle_stream import messages
@@ -16,6 +18,7 @@ from sparqle_stream.audio import AudioFormat
 from sparqle_stream.errors import AudioFormatError, ConfigError, ProtocolError, SparqleError
 from sparqle_stream.server import request
 from sparqle_stream.server.connection import Connection, Phase
+from sparqle_stream.server.resume import Ledger
 from sparqle_stream.server.settings import (
     MAX_PROMPT_CHARS,
     FrameSizeError,
@@ -33,6 +36,7 @@ COMMANDS = ("flush", "end", "keepalive")
 QUERY_FIELDS = (
     *("sample_rate", "format", "channels", "pace"),
     *("chunk_ms", "delay_ms", "vad", "vad_stop_ms", "prompt", "model", "tail"),
+    *("ack", "stream_id", "offset", "after", "segment"),
 )
 
 
@@ -44,6 +48,9 @@ class Request:
     options: StreamOptions
     waits: bool  # pace=file: a full backlog stops the reading
     has_tail: bool
+    has_acks: bool = False
+    stream_id: str = ""  # of the stream that goes on; empty: a new one
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 class StreamDialect:
@@ -60,8 +67,11 @@ class StreamDialect:
         if "model" in fields:
             self._link.hub.check_model(fields["model"])
         self._request = parse(fields, self._link.hub.cfg.defaults)
+        self._link.is_resumable = self._request.has_acks
         self._link.set_format(self._request.fmt)
         self._link.open_stream(self._request.options)
+        if self._request.stream_id:
+            self._link.stream_id = self._request.stream_id
 
     async def on_audio(self, data: bytes) -> None:
         limit = self._link.hub.cfg.frame_bytes
@@ -72,6 +82,25 @@ class StreamDialect:
         if self._link.phase is not Phase.OPEN:
             raise ProtocolError("audio after the end", hint="send end after the last audio")
         await self._link.take(data, waits=self._request.waits)
+        self._look_how_far()
+
+    def _look_how_far(self) -> None:
+        """Acknowledges what was heard by now; as it lies in the past, its words go out first."""
+        stream = self._link.stream
+        if self._request.has_acks and stream is not None:
+            options = stream.options
+            late_s = (options.delay_ms + options.chunk_ms) / 1000  # a chunk may be under way
+            heard_s = self._link.heard_s
+            asyncio.get_running_loop().call_soon(self._settle_heard, heard_s, late_s)
+
+    def _settle_heard(self, heard_s: float, late_s: float) -> None:
+        self._acknowledge(self._request.ledger.settle_heard(heard_s, late_s))
+
+    def _acknowledge(self, seconds: float | None) -> None:
+        if seconds is not None and self._request.has_acks:
+            offset = int(seconds * self._request.fmt.rate_hz + 0.5)
+            event = messages.Acknowledged(offset, seconds, self._link.lag_s)
+            self._link.send(messages.to_json(event))
 
     async def on_text(self, text: str) -> None:
         command = parse_command(text)
@@ -88,9 +117,17 @@ class StreamDialect:
                 self._link.stream.finish()
 
     def on_event(self, event: messages.Event) -> None:
+        told = self._request.ledger.translate(event)
+        if told is not None:
+            self._tell(told)
+            self._acknowledge(self._request.ledger.settle(told))
+            self._look_how_far()
+
+    def _tell(self, event: messages.Event) -> None:
         match event:
             case messages.Ready():
-                event = replace(event, sample_rate=self._request.fmt.rate_hz)
+                stream_id = self._request.stream_id or event.stream_id
+                event = replace(event, sample_rate=self._request.fmt.rate_hz, stream_id=stream_id)
                 self._link.send(messages.to_json(event))
             case messages.Tail():
                 if self._request.has_tail:
@@ -106,7 +143,7 @@ class StreamDialect:
 
     def on_error(self, err: SparqleError) -> None:
         link = self._link
-        event = messages.Error(err.code, err.message, err.hint, link.time_s, link.lag_s)
+        event = messages.Error(err.code, err.message, err.hint, self._time_s, link.lag_s)
         link.send(messages.to_json(event))
         link.close_for(err.code, err.message)
 
@@ -114,8 +151,14 @@ class StreamDialect:
         self._warn(code, message)
 
     def _warn(self, code: str, message: str) -> None:
-        event = messages.Warning(code, message, self._link.time_s, self._link.lag_s)
+        event = messages.Warning(code, message, self._time_s, self._link.lag_s)
         self._link.send(messages.to_json(event))
+
+    @property
+    def _time_s(self) -> float:
+        """Seconds of the stream that were received."""
+        ledger = getattr(self, "_request", None)
+        return self._link.time_s + (ledger.ledger.origin if ledger else 0.0)
 
 
 def parse(fields: Mapping[str, str], defaults: StreamOptions) -> Request:
@@ -149,7 +192,33 @@ def parse(fields: Mapping[str, str], defaults: StreamOptions) -> Request:
         options=options,
         waits=_choice(fields, "pace", ("live", "file")) == "file",
         has_tail=_choice(fields, "tail", ("on", "off")) == "on",
+        has_acks=_choice(fields, "ack", ("off", "on")) == "on",
+        stream_id=fields.get("stream_id", ""),
+        ledger=_ledger(fields, fmt.rate_hz),
     )
+
+
+def _ledger(fields: Mapping[str, str], rate_hz: int) -> Ledger:
+    """Where a stream goes on."""
+    stream_id = fields.get("stream_id")
+    if stream_id is None:
+        if extra := {"offset", "after", "segment"} & fields.keys():
+            raise ConfigError(f"{min(extra)} without stream_id", hint="the one that ready told")
+        return Ledger()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", stream_id):
+        raise ConfigError("stream_id is not one of ours", hint="send the one that ready told")
+    return Ledger(
+        origin=_integer(fields, "offset", 0, 15) / rate_hz,
+        after=_seconds(fields, "after"),
+        first_segment=_integer(fields, "segment", 0),
+    )
+
+
+def _seconds(fields: Mapping[str, str], name: str) -> float:
+    text = fields.get(name, "0")
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
+        raise ConfigError(f"{name}={text[:40]!r} is no number of seconds", hint="for example 1.25")
+    return float(text)
 
 
 def parse_command(text: str) -> str:
@@ -169,11 +238,11 @@ def parse_command(text: str) -> str:
     return str(command)
 
 
-def _integer(fields: Mapping[str, str], name: str, default: int) -> int:
+def _integer(fields: Mapping[str, str], name: str, default: int, n_digits: int = 9) -> int:
     text = fields.get(name)
     if text is None:
         return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+    if not (text.isascii() and text.isdigit() and len(text) <= n_digits):
         raise ConfigError(f"{name}={text[:40]!r} is not a number", hint=f"for example {default}")
     return int(text)
 

@@ -117,7 +117,9 @@ class Upload:
                     raise FrameSizeError("the recording is too long", hint=limit)
             stream.finish()
         except SparqleError as err:
-            self._loop.call_soon_threadsafe(self._fail, err)
+            told = SparqleError(err.message.replace(str(path), "the file"), err.hint)
+            told.code = err.code
+            self._loop.call_soon_threadsafe(self._fail, told)
 
     def _from_worker(self, event: messages.Event) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)

@@ -28,6 +28,9 @@ class BadFrameError(Exception):
     """Bytes that are no event; nothing after them can be understood."""
 
 
+ENDINGS = (BadFrameError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError)
+
+
 class WyomingWire:
     """One TCP connection. `receive` never raises for what a client sends: it ends instead."""
 
@@ -51,7 +54,7 @@ class WyomingWire:
         while not self._frames:
             try:
                 await self._read_event()
-            except (BadFrameError, asyncio.IncompleteReadError, OSError, ValueError):
+            except ENDINGS:
                 return {"type": "websocket.disconnect", "code": 1006}
         return self._frames.popleft()
 

@@ -100,7 +100,7 @@ def test_interim_results_grow_into_the_final_one(url):
         events = to_the_end(connection)
     assert events[0].type == "SpeechStarted"
     interim = [best(e) for e in events if e.type == "Results" and not e.is_final]
-    assert len(interim) >= 3
+    assert interim  # of several that wait for a slow reader only the last goes out
     settled = 0
     for alternative in interim:
         flags = [w.final for w in alternative.words]

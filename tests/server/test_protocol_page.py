@@ -11,7 +11,19 @@ import pytest
 
 from sparqle_stream import messages
 from sparqle_stream.config import EngineConfig
-from sparqle_stream.server import openai_realtime, openai_session, request, settings, stream
+from sparqle_stream.server import (
+    deepgram,
+    openai_files,
+    openai_realtime,
+    openai_session,
+    request,
+    settings,
+    stream,
+    vllm_realtime,
+    whisper_live,
+    whisper_live_kit,
+    wyoming,
+)
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 
@@ -108,3 +120,66 @@ def test_openai_fields():
 @pytest.mark.parametrize("name", openai_realtime.QUERY_FIELDS)
 def test_openai_query(name):
     assert f"`{name}`" in REALTIME.split("**`session` fields.**")[0]
+
+
+def treatments(title: str, header: str) -> dict[str, str]:
+    """field -> the first word that the table says about it: honoured, answered, refused, ..."""
+    table = {}
+    for names, said, *_ in rows(section(title), header):
+        for name in ticked(names):
+            table[name.removesuffix("[]")] = re.match(r"\w+", said.strip("`"))[0] if said else ""
+    return table
+
+
+def test_deepgram_fields():
+    table = treatments("`/v1/listen`", "query field")
+    assert {n for n, said in table.items() if said == "honoured"} == set(deepgram.HONOURED)
+    assert {n for n, said in table.items() if said == "refused"} == set(deepgram.REFUSED)
+    taken = {n for n, said in table.items() if said in ("answered", "accepted")}
+    assert taken == set(deepgram.ACCEPTED)
+    for command in deepgram.COMMANDS:
+        assert f"`{command}`" in section("`/v1/listen`")
+
+
+def test_whisper_live_fields():
+    table = treatments("WhisperLive\n", "field of the first")
+    assert {n for n, said in table.items() if said == "honoured"} == set(whisper_live.HONOURED)
+    assert {n for n, said in table.items() if said == "refused"} == set(whisper_live.REFUSED)
+    warned = {n for n, said in table.items() if said == "answered"}
+    assert warned == {*whisper_live.WARNED, *whisper_live.WITHOUT_EFFECT}
+    assert table["task"] == "transcribe"
+
+
+def test_whisper_live_kit_fields():
+    table = treatments("WhisperLiveKit", "query field")
+    assert table.keys() == {*whisper_live_kit.QUERY_FIELDS, *request.KEY_FIELDS}
+
+
+def test_file_fields():
+    table = treatments("`/v1/audio/transcriptions`", "form field")
+    refused = {n for n, said in table.items() if said == "refused"}
+    assert refused == set(openai_files.REFUSED)
+    assert table.keys() - refused == set(openai_files.HONOURED)
+    cfg = settings.ServerConfig()
+    assert f"up to {cfg.upload_bytes >> 20} MiB" in section("`/v1/audio/transcriptions`")
+
+
+def test_vllm_fields():
+    text = " ".join(
+        row[0] for row in rows(REALTIME, "field | |\n|---|---|\n| `session.update` `model`")
+    )
+    for event, names in vllm_realtime.CLIENT_EVENTS.items():
+        for name in names:
+            assert f"`{event}` `{name}`" in text
+
+
+def test_wyoming_events():
+    text = " ".join(row[0] for row in rows(section("Wyoming"), "event and field"))
+    for name in wyoming.CLIENT_EVENTS:
+        assert f"`{name}`" in text
+
+
+def test_new_limits():
+    cfg = settings.ServerConfig()
+    assert f"`--frames-per-s` ({cfg.frames_per_s:g})" in LIMITS
+    assert f"`--max-stream-s` ({cfg.max_stream_s:g} s)" in LIMITS

@@ -16,6 +16,8 @@ from sparqle_stream.errors import ConfigError
 from sparqle_stream.server import ServerConfig, serve, wyoming
 
 pytest.importorskip("wyoming", reason="wyoming is not installed")
+# The package imports audioop, which Python 3.13 drops (and a backport replaces).
+pytestmark = pytest.mark.filterwarnings("ignore:'audioop' is deprecated:DeprecationWarning")
 OFF = StreamOptions(vad=VadConfig(kind="off"))
 WORDS = ["far", "away", "bird", "sing"]
 PCM = testing.say(WORDS)

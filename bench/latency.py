@@ -5,8 +5,9 @@ are played in 20 ms packets at the speed of speech, one stream at a time: throug
 process; with --server through our own websocket server here; with --url to one that runs; or with
 --virtual as fast as the machine goes (bench.players says what is the same then).
 Out: one JSON document. Emission delay of words, first word after the start of speech, end of speech
-to final: algorithmic (stream time that had to be heard) and with compute (wall clock); AL, LAAL and
-DAL of both (bench.lagging). Compute per chunk and per stage, RTF, the bound of the memory bus. The
+to final: algorithmic (stream time that had to be heard) and with compute (wall clock), word ends
+being the engine's own and, with texts, those of a forced alignment (bench.aligned); AL, LAAL and
+DAL (bench.lagging). Compute per chunk and per stage, RTF, the bound of the memory bus. The
 first seconds of the first recording are played before, to warm up. --trace has every chunk.
 
 Contract: refuses to time on a machine that others use, unless --force; the result says so then.
@@ -17,12 +18,12 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import lagging, machine, manifests, plots, settings
 from bench.delays import Delays, algorithmic, measure, percentiles_ms
+from bench.trace import Trace
 from sparqle_stream import messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from bench.manifests import Recording, RecordingSet
     from bench.players import Progress, Take
     from bench.settings import Settings
-    from bench.trace import Trace
     from sparqle_stream.config import StreamOptions
     from sparqle_stream.engine import Engine
     from sparqle_stream.models import SparqleModel
@@ -50,7 +50,6 @@ WARM_UP_S = 3.0
 def run(args: argparse.Namespace, wanted: Settings, sets: Sequence[RecordingSet]) -> dict[str, Any]:
     """The whole benchmark."""
     from bench import bounds, players
-    from bench.trace import Trace
 
     model = None if args.url else wanted.load_model()
     trace = Trace(0.0 if args.virtual else None) if args.trace else None
@@ -72,7 +71,19 @@ def run(args: argparse.Namespace, wanted: Settings, sets: Sequence[RecordingSet]
         "sets": manifests.summary(sets),
         "timing": conditions,
         "bound": bounds.of_chunk(model, wanted.chunk_ms) if model else None,
+        "aligned": _aligned(model, wanted, recordings, takes) if model else None,
     } | figures(takes, [len(r.text.split()) for r in recordings])
+
+
+def _aligned(
+    model: SparqleModel, wanted: Settings, recordings: Sequence[Recording], takes: Sequence[Take]
+) -> dict[str, Any] | None:
+    """Emission delay against aligned word ends, where there are texts."""
+    from bench import aligned
+
+    pairs = zip(recordings, takes, strict=True)
+    texts = [(r.pcm(), r.text, take) for r, take in pairs if r.text]
+    return aligned.measure(model, wanted.stream_options(), texts).summary() if texts else None
 
 
 def _player(
@@ -84,7 +95,6 @@ def _player(
 ) -> Player:
     """Whoever plays one recording; what has to be closed afterwards goes on the stack."""
     from bench import players
-    from bench.trace import traced_engine
     from sparqle_stream import engine as engines
     from sparqle_stream import server
 
@@ -93,8 +103,12 @@ def _player(
     cfg = wanted.engine_config()
     if args.virtual:
         return players.VirtualEngine(model, cfg, trace).play
-    make = engines.Engine if trace is None else partial(traced_engine, trace=trace)
-    engine = stack.enter_context(make(model, cfg))
+    if trace is None:
+        engine = stack.enter_context(engines.Engine(model, cfg))
+    else:
+        from bench.traced import traced_engine
+
+        engine = stack.enter_context(traced_engine(model, cfg, trace))
     if args.server:
         server_cfg = server.ServerConfig(port=0, drain_s=0.0)
         url = stack.enter_context(server.background(engine, server_cfg))

@@ -43,11 +43,13 @@ time from the end of a word to the audio that had been heard when it left, *end 
 from the end of a segment's last word to its last final; both are stream time, which no machine
 changes, and word ends are those of the engine's own CTC path (40 ms), not of an aligner."""
 
-LATENCY_NOTES = """Recordings played in 20 ms packets, one stream. *Heard* is stream time (what had
-to be heard before a word could leave), *clock* has the computing in it. *First word* counts from
-the beginning of a segment's first word; *chunk* is the computing of one chunk without the detector.
-Pace *virtual* does not wait for the clock: the queue of a machine with nothing else to do is kept
-in books. *AL*, *LAAL*, *DAL*: average, length-adaptive and differentiable average lagging."""
+LATENCY_NOTES = """Recordings played in 20 ms packets, one stream. *Emission* is counted from the
+end of a word: the engine's own, or, for words that were written as said, that of a forced
+alignment. *Heard* is stream time (what had to be heard before a word could leave), *clock* has the
+computing in it. *First word* counts from the beginning of a segment's first word; *chunk* is the
+computing of one chunk without the detector. Pace *virtual* does not wait for the clock: the queue
+of a machine with nothing else to do is kept in books. *AL*, *LAAL*, *DAL*: average, length-adaptive
+and differentiable average lagging."""
 
 
 def render(results: Sequence[tuple[str, Json]]) -> str:
@@ -225,11 +227,23 @@ def _lagging(of_both: Json) -> str:
     return table("ms | AL | LAAL | DAL", rows)
 
 
+def _aligned_rows(result: Json) -> Json:
+    """Nothing where no words could be aligned."""
+    aligned = result.get("aligned")
+    if not aligned or not aligned["algorithmic_ms"]["n"]:
+        return {}
+    return {
+        "emission, aligned ends, heard": aligned["algorithmic_ms"],
+        "emission, aligned ends, clock": aligned["with_compute_ms"],
+    }
+
+
 def _latency_table(result: Json) -> str:
     heard, clock = result["algorithmic"], result["with_compute"]
     rows = {
         "emission, heard": heard["emission_ms"],
         "emission, clock": clock["emission_ms"],
+        **_aligned_rows(result),
         "first word, heard": heard["first_word_ms"],
         "first word, clock": clock["first_word_ms"],
         "end of speech to final, heard": heard["end_of_speech_to_final_ms"],

@@ -1,9 +1,6 @@
 """Trace: where each chunk's milliseconds go, for chrome://tracing or ui.perfetto.dev.
 
-In: spans of seconds on one clock. Out: JSON in Chrome's trace event format. `traced_engine` is an
-engine that records them: the detector; then, of each step of the batch, `begin` (segments begin,
-the LLM reads their prefixes), every stage, and `words` (tokens become events). Contract: captions
-are those of an engine without it; a span costs some microseconds.
+In: spans of seconds on one clock. Out: JSON in Chrome's trace event format.
 """
 
 from __future__ import annotations
@@ -12,18 +9,9 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from sparqle_stream.batch import Batch
-from sparqle_stream.engine import Engine
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
-
-    from sparqle_stream.config import EngineConfig
-    from sparqle_stream.engine import Slots, Stream
-    from sparqle_stream.models import SparqleModel
-    from sparqle_stream.pipeline import ChunkResult
-    from sparqle_stream.session import Session
 
 PROCESS, THREAD = 1, 1
 
@@ -70,63 +58,3 @@ class Trace:
 
 def _microseconds(seconds: float) -> float:
     return round(1e6 * seconds, 1)
-
-
-def traced_engine(
-    model: SparqleModel,
-    cfg: EngineConfig,
-    trace: Trace,
-    make_slots: Callable[[SparqleModel, int], Slots] = Batch,
-) -> Engine:
-    """An engine whose worker writes into `trace`."""
-    made: list[_TracedSlots] = []
-
-    def make(model: SparqleModel, n_slots: int) -> Slots:
-        made.append(_TracedSlots(make_slots(model, n_slots), trace))
-        return made[0]
-
-    return _TracedEngine(model, cfg, make, trace, made)
-
-
-class _TracedSlots:
-    """Slots whose steps are recorded. `began_at`, `ended_at`: the last one's."""
-
-    def __init__(self, slots: Slots, trace: Trace) -> None:
-        self._slots, self._trace = slots, trace
-        self.began_at = self.ended_at = 0.0
-
-    def wipe(self, row: int) -> None:
-        self._slots.wipe(row)
-
-    def run(self, sessions: Mapping[int, Session]) -> ChunkResult:
-        self.began_at = time.perf_counter()
-        result = self._slots.run(sessions)
-        self.ended_at = time.perf_counter()
-        first = self._trace.stages(self.ended_at, result.seconds)
-        self._trace.span("begin", self.began_at, first - self.began_at)
-        return result
-
-
-class _TracedEngine(Engine):
-    """Takes the times that the engine accounts for anyway; nothing in it is another engine's."""
-
-    def __init__(
-        self,
-        model: SparqleModel,
-        cfg: EngineConfig,
-        make_slots: Callable[[SparqleModel, int], Slots],
-        trace: Trace,
-        made: list[_TracedSlots],
-    ) -> None:
-        self._trace, self._made = trace, made
-        super().__init__(model, cfg, make_slots)
-
-    def _account(self, seconds: dict[str, float], sessions: dict[Stream, Session]) -> None:
-        now = time.perf_counter()
-        if set(seconds) == {"vad"}:
-            self._trace.span("vad", now - seconds["vad"], seconds["vad"])
-        else:
-            rows, step = sorted(stream.row for stream in sessions), self._made[0]
-            self._trace.span("chunk", step.began_at, now - step.began_at, rows=rows)
-            self._trace.span("words", step.ended_at, now - step.ended_at)
-        super()._account(seconds, sessions)

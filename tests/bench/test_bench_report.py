@@ -95,6 +95,10 @@ LATENCY = {
         "algorithmic": {"recordings": 1, "al_ms": 901.2, "laal_ms": 955.5, "dal_ms": 1010.1},
         "with_compute": {"recordings": 1, "al_ms": 971.2, "laal_ms": 1025.5, "dal_ms": 1080.1},
     },
+    "aligned": {
+        "algorithmic_ms": percentiles_ms([0.377]),
+        "with_compute_ms": percentiles_ms([0.444]),
+    },
     "bound": {"read_gb_per_s": 20.0, "chunk_ms_at_least": 7.7, "rtf_at_least": 0.0241},
 }
 
@@ -138,6 +142,8 @@ def test_figures_of_latency_are_on_the_page():
     assert rows(page, "chunk")[0] == ["chunk", "1", "44", "44", "44", "44", "44"]
     assert "encoder 33.3 ms, llm 55.5 ms" in page
     assert "RTF **0.099**" in page
+    assert rows(page, "emission, aligned ends, heard")[0][1:3] == ["1", "377"]
+    assert rows(page, "emission, aligned ends, clock")[0][1:3] == ["1", "444"]
     assert rows(page, "heard") == [["heard", "901", "956", "1010"]]
     assert rows(page, "clock") == [["clock", "971", "1026", "1080"]]
     assert "at 20.0 GB/s the weights alone take 7.7 ms a chunk, RTF 0.024" in page

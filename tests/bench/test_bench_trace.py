@@ -8,7 +8,8 @@ import pytest
 
 from bench import latency
 from bench.players import VirtualEngine
-from bench.trace import Trace, traced_engine
+from bench.trace import Trace
+from bench.traced import traced_engine
 from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.engine import Engine

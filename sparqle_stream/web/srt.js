@@ -26,7 +26,7 @@ export function toSrt(words) {
   for (const { word, start, end } of words) {
     const text = word.trim();
     const isFull = cue && (
-      `${cue.text} ${text}`.length > 2 * LINE
+      lines(`${cue.text} ${text}`).split("\n").some((line) => line.length > LINE)
       || end - cue.start > MAX_S
       || start - cue.end > PAUSE_S
       || (/[.?!]$/.test(cue.text) && cue.text.length > 12)

@@ -368,6 +368,7 @@ def _serve(args: Namespace) -> int:
 
     def on_ready(address: str) -> None:
         print(f"listening on {address} with {args.slots} slots; Ctrl-C ends", flush=True)
+        print(f"page: {address.replace('ws', 'http', 1)}/", file=sys.stderr)
 
     with load_engine(args, args.slots) as engine:
         server.serve(engine, cfg, on_ready)

@@ -26,7 +26,7 @@ from sparqle_stream.server.deepgram import ListenDialect
 from sparqle_stream.server.hub import Hub
 from sparqle_stream.server.settings import ServerConfig, TooManyStreamsError
 from sparqle_stream.server.stream import StreamDialect
-from sparqle_stream.server.transport import AbortableProtocol
+from sparqle_stream.server.transport import AbortableProtocol, HastyProtocol
 from sparqle_stream.server.vllm_realtime import RealtimeRoute
 from sparqle_stream.server.whisper_live import WhisperLiveDialect
 from sparqle_stream.server.whisper_live_kit import AsrDialect
@@ -122,11 +122,13 @@ class _Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="asyncio",
-                http="h11",
+                http=HastyProtocol,
                 ws=AbortableProtocol,
                 ws_max_size=cfg.message_bytes,
                 ssl_certfile=cfg.tls_cert or None,
                 ssl_keyfile=cfg.tls_key or None,
+                ws_ping_interval=cfg.ping_s,
+                ws_ping_timeout=cfg.ping_s,
                 ws_per_message_deflate=False,  # audio does not shrink, and it costs latency
                 lifespan="off",
                 log_config=None,

@@ -470,6 +470,8 @@ class Connection:
         """The outbox to the client, until a close frame is sent."""
         while True:
             frame = await self._outbox.get()
+            if self.phase is Phase.CLOSED:  # cut meanwhile: nobody is there
+                return
             try:
                 async with asyncio.timeout(self.hub.cfg.send_s):
                     if isinstance(frame, CloseFrame):

@@ -34,6 +34,7 @@ class ServerConfig:
     max_stream_s: float = 86_400.0  # of one connection, in audio or on the clock
     frames_per_s: float = 1000.0  # of one connection; the rest is read later
     idle_s: float = 300.0  # a client that sends nothing for so long is closed
+    ping_s: float = 20.0  # a ping so often; who does not answer in as long again is closed
     drain_s: float = 30.0  # after SIGTERM, running streams may go on for so long
     send_s: float = 10.0  # a client that takes no byte for so long is cut
     outbox_events: int = 256  # events waiting for a slow reader
@@ -46,7 +47,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port {self.port} is out of range", hint="use 1 to 65535")
-        if self.drain_s < 0 or min(self.idle_s, self.send_s, self.max_stream_s) <= 0:
+        if self.drain_s < 0 or min(self.idle_s, self.send_s, self.ping_s, self.max_stream_s) <= 0:
             raise ConfigError("idle, send, stream and drain times must be above 0", hint="seconds")
         if self.streams_per_key < 0 or self.frames_per_s <= 0:
             raise ConfigError("a limit on streams or frames is below 0", hint="use a number above")

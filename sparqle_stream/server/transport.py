@@ -1,4 +1,4 @@
-"""uvicorn's websocket protocol, a little politer, with two things that ASGI does not offer.
+"""uvicorn's protocols, a little politer, with two things that ASGI does not offer.
 
 `sparqle.abort`: cut the connection at once; a close frame cannot reach a client that reads
 nothing, and asyncio would wait for it for ever.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import select
 from typing import TYPE_CHECKING, Any, cast
 
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 if TYPE_CHECKING:
@@ -23,6 +24,20 @@ ABORT = "sparqle.abort"
 IS_GONE = "sparqle.is_gone"
 LINGER_S = 5.0  # at most, for a client that goes on sending
 QUIET_S = 0.3
+REQUEST_S = 10.0  # for the head of the first request
+
+
+class HastyProtocol(H11Protocol):
+    """A client that opens a connection and does not say what for is cut."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(REQUEST_S, self._cut_silent)
+
+    def _cut_silent(self) -> None:
+        is_upgraded = self.transport.get_protocol() is not self
+        if not is_upgraded and self.cycle is None:
+            self.transport.abort()
 
 
 class AbortableProtocol(WebSocketsSansIOProtocol):

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,25 +162,44 @@ def run(args: argparse.Namespace, timer: Timer, device: str) -> dict[str, Any]:
 
     from sparqle_kernels.cases import CASES
 
+    start = time.perf_counter()
     cases = [case for case in CASES if not args.ops or case.op in args.ops]
     if not cases:
         known = ", ".join(sorted({case.op for case in CASES}))
         raise ConfigError(f"no such op: {', '.join(args.ops)}", hint=f"there are {known}")
-    dtypes = [getattr(torch, name) for name in DTYPES]
     with torch.no_grad():
-        checks = [_checked(case, dtype, device) for case in cases for dtype in dtypes]
+        checks = [_checked(case, dtype, device) for case in cases for dtype in case.dtypes]
     result: dict[str, Any] = {"bench": "kernels", "checks": [asdict(c) for c in checks]}
     if not all(c.is_green for c in checks):
         return result | {"is_green": False}
     copy_rate, flops = measured_rates(timer, device)
-    rows = []
-    for case in cases:
-        for streams in args.streams or case.streams:
-            row = time_case(case, streams, getattr(torch, args.dtype), timer, device)
-            rows.append(with_shares(row, copy_rate, flops))
-            print(f"{case.op}, {case.label}, {streams}: {rows[-1]['ms']}", file=sys.stderr)
     rates = {"copy_gb_per_s": round(copy_rate / 1e9), "matrix_tflops": round(flops / 1e12, 1)}
-    return result | {"is_green": True, **rates, "rows": rows}
+    todo = wanted_rows(cases, args)
+    rows = []
+    for case, streams, dtype in todo:
+        if time.perf_counter() - start > args.limit_s:
+            break
+        row = time_case(case, streams, dtype, timer, device)
+        rows.append(with_shares(row, copy_rate, flops))
+        print(f"{case.op}, {case.label}, {streams}: {rows[-1]['ms']}", file=sys.stderr)
+    left_out = len(todo) - len(rows)
+    return result | {"is_green": True, **rates, "rows": rows, "rows_left_out": left_out}
+
+
+def wanted_rows(
+    cases: Sequence[Case], args: argparse.Namespace
+) -> list[tuple[Case, int, torch.dtype]]:
+    """What is timed, in this order: all cases for the first number of streams, then the next."""
+    import torch
+
+    numbers = args.streams or sorted({n for case in cases for n in case.streams})
+    wanted = getattr(torch, args.dtype)
+    return [
+        (case, n, wanted if wanted in case.dtypes else case.dtypes[0])
+        for n in numbers
+        for case in cases
+        if args.ops or n in case.streams
+    ]
 
 
 def _checked(case: Case, dtype: torch.dtype, device: str) -> Check:
@@ -225,6 +245,7 @@ def parser() -> argparse.ArgumentParser:
     add("ops", nargs="*", metavar="OP", help="only these (default: all)")
     add("--streams", type=int, nargs="+", metavar="N", help="(default: those of each op)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the timing (%(default)s)")
+    add("--limit-s", type=float, default=3600.0, metavar="S", help="no new row after (%(default)s)")
     add("--output", type=Path, metavar="FILE.json", help="for example in bench/results/")
     return parser
 

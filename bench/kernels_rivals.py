@@ -15,6 +15,7 @@ from torch import Tensor
 from sparqle_kernels.add_layer_norm.reference import add_layer_norm
 from sparqle_kernels.chunk_attention.reference import chunk_attention
 from sparqle_kernels.decode_attention import reference as decode
+from sparqle_kernels.frame_attention.reference import frame_attention
 from sparqle_kernels.log_mel.reference import log_mel
 from sparqle_kernels.query_attention.reference import query_attention
 from sparqle_kernels.rms_norm_rope_append.reference import Rotation, Slots, rms_norm_rope_append
@@ -51,6 +52,13 @@ def eager_query(
 ) -> list[Tensor]:
     scores = bias[:, age].transpose(0, 1) + _unseen(seen[:, None], q.dtype)
     return [_attend(q, k, v, scores)]
+
+
+def eager_frames(
+    q: Tensor, frames: Tensor, age: Tensor, seen: Tensor, bias: Tensor, scale: float
+) -> list[Tensor]:
+    scores = bias[:, age].transpose(0, 1) + _unseen(seen[:, None], q.dtype)
+    return [_attend(q * (scale * q.shape[3] ** 0.5), frames[:, None], frames[:, None], scores)]
 
 
 def eager_decode(
@@ -95,6 +103,7 @@ def eager_append(
 EAGER: dict[str, Op] = {
     "chunk_attention": eager_chunk,
     "query_attention": eager_query,
+    "frame_attention": eager_frames,
     "decode_attention": eager_decode,
     "utterance_attention": _with_gradients(_masked),
     "add_layer_norm": lambda *args: list(add_layer_norm(*args)),
@@ -105,6 +114,7 @@ EAGER: dict[str, Op] = {
 SDPA: dict[str, Op] = {
     "chunk_attention": lambda *args: [chunk_attention(*args)],
     "query_attention": lambda *args: [query_attention(*args)],
+    "frame_attention": lambda *args: [frame_attention(*args)],
     "decode_attention": sdpa_decode,
     "utterance_attention": _with_gradients(utterance_attention),
 }

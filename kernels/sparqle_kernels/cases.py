@@ -27,6 +27,7 @@ LLM_HEADS, KV_HEADS, LLM_WIDTH = 9, 3, 576
 CHUNK, LEFT = 16, 256  # frames
 SLOT = 512
 STREAMS = (1, 16, 256, 2048)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Case:
     build: Callable[[int, torch.dtype, str], Problem]
     has_products: bool = True
     streams: tuple[int, ...] = STREAMS
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
     def launches(self, problem: Problem) -> tuple[list[Launch], Any]:
         """What Triton would run, and the tensors that it fills."""
@@ -110,6 +112,23 @@ def query_attention(n_keys: int, n_ages: int) -> Callable[[int, torch.dtype, str
         return Problem((q, k, v, age, seen, bias), moved, 4 * n_scores * WIDTH, unfused)
 
     return build
+
+
+def frame_attention(streams: int, dtype: torch.dtype, device: str) -> Problem:
+    """The first case of query_attention with its projections moved to the queries."""
+    n_queries, n_frames, width = 4, 80, HEADS * WIDTH
+    q = _random(streams, HEADS, n_queries, width, dtype=dtype, device=device)
+    frames = _random(streams, n_frames, width, dtype=dtype, device=device)
+    age = torch.arange(n_queries * n_frames, device=device).view(n_queries, n_frames) % 129
+    age = age.expand(streams, -1, -1).contiguous()
+    seen = torch.ones(streams, n_queries, n_frames, dtype=torch.bool, device=device)
+    bias = _random(HEADS, 129, dtype=dtype, device=device)
+    moved = n_bytes(q, frames, age, seen, bias, q)
+    n_scores = streams * HEADS * n_queries * n_frames
+    # frames are projected to keys and values, which attention reads; its own as query_attention
+    unfused = n_bytes(age, seen, bias) + 10 * n_bytes(frames) + 12 * n_scores * q.element_size()
+    args = (q, frames, age, seen, bias, WIDTH**-0.5)
+    return Problem(args, moved, 4 * n_scores * width, unfused)
 
 
 def decode_attention(n_rows: int, n_slot: int) -> Callable[[int, torch.dtype, str], Problem]:
@@ -210,6 +229,7 @@ CASES = [
     Case("chunk_attention", f"T 64, ring {LEFT}", chunk_attention(64)),
     Case("query_attention", "4 queries, 80 frames", query_attention(80, 129)),
     Case("query_attention", "4 queries, 68 queries", query_attention(68, 129)),
+    Case("frame_attention", "4 queries, 80 frames", frame_attention, dtypes=HALVES),
     Case("decode_attention", f"1 row, slot {SLOT}", decode_attention(1, SLOT)),
     Case("decode_attention", f"4 rows, slot {SLOT}", decode_attention(4, SLOT)),
     Case("decode_attention", f"8 rows, slot {SLOT}", decode_attention(8, SLOT)),
@@ -225,5 +245,5 @@ CASES = [
     Case("rms_norm_rope_append", "1 row", rms_norm_rope_append(1), False),
     Case("rms_norm_rope_append", "4 rows", rms_norm_rope_append(4), False),
     Case("stop_head", f"width {LLM_WIDTH}", stop_head, False),
-    Case("log_mel", f"{2 * CHUNK} frames", log_mel, False),
+    Case("log_mel", f"{2 * CHUNK} frames", log_mel, False, dtypes=(torch.float32,)),
 ]

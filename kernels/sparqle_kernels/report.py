@@ -1,7 +1,7 @@
 """The table of compiled kernels: `python -m sparqle_kernels.report [--into kernels/README.md]`.
 
-Compiles every launch of every case for sm_80, sm_90 and sm_120, in fp32, fp16 and bf16, without a
-GPU, and fails when one of them spills registers, wants too much shared memory, or has products
+Compiles every launch of every case for sm_80, sm_90 and sm_120, in all of its types, without a GPU,
+and fails when one of them spills registers, wants too much shared memory, or has products
 that miss the tensor cores.
 """
 
@@ -19,12 +19,11 @@ from sparqle_kernels import aot
 from sparqle_kernels.cases import CASES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from sparqle_kernels.aot import Compiled
 
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STREAMS = 16  # strides that are the same for any number of streams above one
 
 
@@ -39,15 +38,13 @@ class Row:
     faults: tuple[str, ...]
 
 
-def rows(
-    ops: Sequence[str], dtypes: Iterable[torch.dtype], capabilities: Sequence[int]
-) -> list[Row]:
+def rows(ops: Sequence[str], capabilities: Sequence[int]) -> list[Row]:
     """Compiles what the ops launch; all ops when none is named."""
     found = []
     for case in CASES:
         if ops and case.op not in ops:
             continue
-        for dtype in dtypes:
+        for dtype in case.dtypes:
             launches, _ = case.launches(case.build(STREAMS, dtype, "meta"))
             for launch in launches:
                 built = tuple(aot.compile_launch(launch, c) for c in capabilities)
@@ -100,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         sys.stderr.write("error: Triton is not installed\nhint: pip install 'triton>=3.6'\n")
         return 2
-    table = rows(args.ops, DTYPES, args.arch)
+    table = rows(args.ops, args.arch)
     text = (
         f"Triton {triton.__version__}. Registers of a thread / shared memory of a program in KiB /"
         f" tensor-core instructions in the code.\n\n{as_markdown(table, args.arch)}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,6 +98,22 @@ def test_green_gives_times_and_shares_of_measured_rates():
     assert row["share_of_copy"] == round(n_bytes / 2048, 3)
 
 
+@pytest.mark.usefixtures("small")
+def test_a_limit_keeps_what_was_timed_and_says_what_was_not():
+    """A row is not started after the limit; results that are there are not lost to a timeout."""
+    args = arguments("stop_head", "--streams", "1", "2", "--limit-s", "0")
+    result = kernels.run(args, timer, "cpu")
+    assert (result["is_green"], result["rows"], result["rows_left_out"]) == (True, [], 2)
+
+
+def test_rows_go_by_streams_so_that_a_limit_hits_all_ops_alike():
+    rows = kernels.wanted_rows(CASES, arguments("--streams", "256", "8"))
+    numbers = [streams for _, streams, _ in rows]
+    assert numbers == sorted(numbers, reverse=True)
+    assert {case.op for case, streams, _ in rows if streams == 8} == {"utterance_attention"}
+    assert {str(dtype) for case, _, dtype in rows if case.op == "log_mel"} == {"torch.float32"}
+
+
 def test_a_rival_that_runs_out_of_memory_is_left_out(small):
     calls = []
 
@@ -112,6 +131,17 @@ def test_a_rival_that_runs_out_of_memory_is_left_out(small):
 def test_an_unknown_op_is_an_error():
     with pytest.raises(ConfigError, match="no such op: chunk_atention"):
         kernels.run(arguments("chunk_atention"), timer, "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_the_unattended_script_stops_before_it_writes_anything(tmp_path):
+    script = kernels.machine.REPO / "bench" / "on_gpu.sh"
+    env = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", str(script), str(tmp_path / "out")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: no CUDA device here\nhint: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_inputs_rotate():

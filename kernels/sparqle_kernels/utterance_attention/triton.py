@@ -4,7 +4,7 @@ Chunk masks come from frame numbers, in the kernel; tiles that no query of a pro
 visited, so the cost grows with the left context and not with T squared. Probabilities are never in
 memory: backward computes them again from the log-sum-exp that forward keeps for each row
 (Dao, 2023). One kernel makes the gradients of keys and values, another those of queries: without
-atomics the gradients are the same in every run. float32 takes smaller tiles backward.
+atomics the gradients are the same in every run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparqle_kernels.launch import LOG2_E, Launch, keys_of_tile, precision, tile, warps
+from sparqle_kernels.launch import LOG2_E, Launch, precision, tile, warps
 from sparqle_kernels.softmax import triton as softmax
 
 if TYPE_CHECKING:
@@ -149,6 +149,11 @@ def utterance_attention_bwd_q(
     tl.store(d_q + o_q, (b_dq * unit).to(d_q.dtype.element_ty), mask=m_q)
 
 
+def side_of_tile(dtype: torch.dtype) -> int:
+    """Queries, and keys, of a tile; larger ones spill registers in float32."""
+    return 32 if dtype == torch.float32 else 64
+
+
 def _mask(q: Tensor, chunk_frames: int, left_frames: int) -> dict[str, int]:
     """Full context is one chunk of all frames."""
     n_frames = q.shape[2]
@@ -170,14 +175,14 @@ def forward_launches(
     """The launch, out (B, H, T, d) and log-sum-exp (B, H, T) in units of log2."""
     b, h, t, d = q.shape
     out, lse = _by_frames(torch.empty_like(q)), q.new_empty(b, h, t, dtype=torch.float32)
-    bm = tile(t, high=keys_of_tile(q.dtype))
+    bm = tile(t, high=side_of_tile(q.dtype))
     strides, tiles = _layout(q, bm)
     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     launch = Launch(
         utterance_attention_fwd,
         (triton.cdiv(t, bm), b * h),
         {**tensors, "scale": d**-0.5 * LOG2_E, **_mask(q, chunk_frames, left_frames), **strides},
-        {**tiles, "BN": keys_of_tile(q.dtype), "PRECISION": precision(q.dtype)},
+        {**tiles, "BN": side_of_tile(q.dtype), "PRECISION": precision(q.dtype)},
         n_warps=warps(bm),
     )
     return [launch], (out, lse)
@@ -191,7 +196,7 @@ def backward_launches(
     b, h, t, d = q.shape
     d_q, d_k, d_v = (_by_frames(torch.empty_like(q)) for _ in range(3))
     delta = torch.empty_like(lse)
-    side = tile(t, high=keys_of_tile(q.dtype))
+    side = tile(t, high=side_of_tile(q.dtype))
     strides, tiles = _layout(q, side)
     grid = (triton.cdiv(t, side), b * h)
     mask = _mask(q, chunk_frames, left_frames)

@@ -191,8 +191,9 @@ class WriterConfig:
 
     ctc_weight: float = 0.0  # of log CTC prefix scores beside the LLM's log-probability; 0: no CTC
     stop_threshold: float = 0.5  # probability above which the stop head ends a chunk's text
-    stop_weight: float = 0.5  # of the stop head's logit beside CTC's odds
-    due_odds: float = 3.0  # log-odds to go on while the heard path has a word that is due
+    # With CTC the heard path says when words are due; the stop head may only ask for punctuation.
+    mark_odds: float = 1.0  # log-odds against stopping that it takes
+    quiet_frames: int = 12  # of CTC (40 ms) without a piece, after which a word is over
 
     def __post_init__(self) -> None:
         if not (self.ctc_weight >= 0 and 0 < self.stop_threshold < 1):
@@ -223,7 +224,7 @@ class EngineConfig:
     n_slots: int = 16
     chunk_ms: int = 320
     threads: int = 0  # 0: as many as there are cores
-    dtype: str = "float32"  # float32 | bfloat16
+    dtype: str = "auto"  # one of quantize.DTYPES; the engine takes the model as it was loaded
     compute: str = "cpu"  # cpu | cuda
     backlog_s: float = 30.0  # audio a stream may have waiting
     context_words: int = 8  # words carried into the next segment as text

@@ -83,7 +83,7 @@ class CtcPrefix:
     base: Doubles = field(init=False)  # (T + 1,) all written words are said after t frames
     word: str = ""  # written after `base`: the open word, its space included
     done: int = 0  # frames of `probs` that the written text has most likely used
-    first_frame: int = 0  # of `probs`, since the beginning
+    left: str = ""  # of the piece that the written text most likely ends in
 
     def __post_init__(self) -> None:
         self.probs = np.zeros((0, len(self.table.texts)))
@@ -116,32 +116,44 @@ class CtcPrefix:
         """Appends text to what is written; words before its last one are over."""
         *over, self.word = _split(self.word + text)
         for word in over:
-            trace, entered = self._said(word)
-            self.base = trace / trace.max() if trace.max() > TINY else self._lost()
-            self.done = max(self.done, _middle(entered))
+            said = self._said(word)
+            self.base = said.trace / said.trace.max() if said.trace.max() > TINY else self._lost()
+            self.done, self.left = max(self.done, _middle(said.entered)), ""
         if over:
             self._drop(self.done - KEPT_BEFORE)
         if self.word.strip():
-            self.done = max(self.done, _middle(self._said(self.word)[1]))
+            self._find_end()
 
     def rest(self) -> list[tuple[str, int]]:
-        """The best path's pieces after the written text: text and the frame after it, from now.
+        """The best path after the written text: pieces and the frame after each, from now.
 
-        Frames are negative or 0: 0 is the end of what was heard.
+        Frames are negative or 0: 0 is the end of what was heard. The first piece is what is left of
+        the one that the written text ends in, if it does.
         """
-        best, out, last = self.probs.argmax(axis=1), [], BLANK
-        for t in range(self.n_frames):
-            piece = int(best[t])
+        out, last = list[tuple[str, int]](), BLANK
+        if self.left:
+            out.append((self.left, self.done - self.n_frames))
+        for t, piece in enumerate(self.probs.argmax(axis=1).tolist()):
             if t >= self.done and piece not in (BLANK, last):
                 out.append((self.table.texts[piece], t + 1 - self.n_frames))
             last = piece
         return out
 
-    def _said(self, text: str) -> tuple[Doubles, Doubles]:
-        """(T + 1,) each: `text` is said after t frames; and its last piece begins at frame t."""
+    def _find_end(self) -> None:
+        """Where the open word's letters end: after a piece, or within a longer one."""
+        said = self._said(self.word)
+        inside = said.beyond.sum(axis=0)
+        if inside.sum() <= said.entered.sum():
+            self.done, self.left = max(self.done, _middle(said.entered)), ""
+            return
+        end = _middle(inside)
+        if end >= self.done:
+            self.done, self.left = end, said.rest_of_piece(self.probs[end - 1], self.table)
+
+    def _said(self, text: str) -> _Lattice:
         lattice = _Lattice.of([text], self.table)
         lattice.run(self.probs, self.base)
-        return lattice.trace, lattice.entered
+        return lattice
 
     def _lost(self) -> Doubles:
         """Nothing heard says the written text: it is taken as said where it should have been."""
@@ -154,7 +166,7 @@ class CtcPrefix:
         if n <= 0:
             return
         self.probs, self.base = self.probs[n:], self.base[n:]
-        self.done, self.first_frame = max(0, self.done - n), self.first_frame + n
+        self.done = max(0, self.done - n)
         if self.base.max() < TINY:
             self.base = self._lost()
 
@@ -172,6 +184,15 @@ def _middle(mass: Doubles) -> int:
     return int(np.searchsorted(total, total[-1] / 2)) if total[-1] > 0 else 0
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """An arc that begins inside a text and leads beyond it."""
+
+    text: int
+    arc: int
+    n_letters: int  # of its pieces that are the text's
+
+
 @dataclass(slots=True)
 class _Lattice:
     """Texts as one tree of characters, and the pieces that lead from node to node.
@@ -186,9 +207,12 @@ class _Lattice:
     same: npt.NDArray[np.int64]  # (A,) arc into `start` with the same piece, A for none
     pieces: list[tuple[int, ...]]  # of each arc
     texts: npt.NDArray[np.int64]  # (N,) node of each text
-    beyond: list[tuple[int, int]]  # (text, arc)
-    trace: Doubles = field(init=False)  # (T + 1,) mass of the first text's node
-    entered: Doubles = field(init=False)  # (T + 1,) mass that enters it
+    ends: list[_End]
+    # Of the first text, after every frame (T + 1): it is said; its last piece has just begun; and
+    # the same of each end beyond it (E, T + 1).
+    trace: Doubles = field(init=False)
+    entered: Doubles = field(init=False)
+    beyond: Doubles = field(init=False)
 
     @classmethod
     def of(cls, texts: list[str], table: PieceTable) -> _Lattice:
@@ -206,14 +230,14 @@ class _Lattice:
                     start.append(nodes[text[:-n]])
                     to.append(node)
                     pieces.append((piece,))
-        beyond = []
+        ends = list[_End]()
         for i, text in enumerate(texts):
             for n in range(1, min(table.longest, len(text) + 1)):
                 ids, node = table.longer.get(text[-n:], ()), nodes[text[:-n]]
                 again = [(piece,) for piece in ids if (node, piece) in into]
                 rest = tuple(piece for piece in ids if (node, piece) not in into)
                 for group in [*again, rest] if rest else again:
-                    beyond.append((i, len(start)))
+                    ends.append(_End(i, len(start), n))
                     start.append(node)
                     to.append(0)
                     pieces.append(group)
@@ -222,9 +246,9 @@ class _Lattice:
             into.get((node, ids[0]), none) if len(ids) == 1 else none
             for node, ids in zip(start, pieces, strict=True)
         ]
-        ends = [nodes[text] for text in texts]
-        index = [np.array(x, dtype=np.int64) for x in (start, to, same, ends)]
-        return cls(len(nodes), index[0], index[1], index[2], pieces, index[3], beyond)
+        last = [nodes[text] for text in texts]
+        index = [np.array(x, dtype=np.int64) for x in (start, to, same, last)]
+        return cls(len(nodes), index[0], index[1], index[2], pieces, index[3], ends)
 
     def run(self, probs: Doubles, base: Doubles) -> tuple[Doubles, Doubles]:
         """probs (T, V), base (T + 1,) -> prefix mass and mass at the end, (N,) each."""
@@ -238,6 +262,8 @@ class _Lattice:
         node = int(self.texts[0])
         last_of = self.to == node if node else np.zeros(n_arcs, bool)
         self.trace, self.entered = np.zeros(n_frames + 1), np.zeros(n_frames + 1)
+        beyond = [end.arc for end in self.ends if end.text == 0]
+        self.beyond = np.zeros((len(beyond), n_frames + 1))
         is_inner = self.to > 0
         for t in range(n_frames):
             total[0] = base[t]
@@ -250,10 +276,19 @@ class _Lattice:
             entered += coming
             self.trace[t + 1] = total[node]
             self.entered[t + 1] = coming[last_of].sum()
+            self.beyond[:, t + 1] = coming[beyond]
         total[0] = base[-1]
         into_node = np.bincount(self.to, entered, self.n_nodes).astype(np.float64)
         prefix = into_node[self.texts]
-        for text, arc in self.beyond:
-            prefix[text] += entered[arc]
+        for end in self.ends:
+            prefix[end.text] += entered[end.arc]
         last: Doubles = total[self.texts]
         return prefix, last
+
+    def rest_of_piece(self, probs: Doubles, table: PieceTable) -> str:
+        """probs (V,) of a frame -> what its likeliest piece beyond the first text adds to it."""
+        ends = [end for end in self.ends if end.text == 0]
+        found = [
+            (probs[i], table.texts[i][e.n_letters :]) for e in ends for i in self.pieces[e.arc]
+        ]
+        return max(found)[1] if found else ""

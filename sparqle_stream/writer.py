@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 APOSTROPHE = "'"
 _SAID = frozenset("abcdefghijklmnopqrstuvwxyz")
 _UNSAID = frozenset(' .,;:?!-–—"…()')
+_JOINS = frozenset(' -–—"(')
 _ALIKE = str.maketrans({"’": APOSTROPHE, "‘": APOSTROPHE})
 
 
@@ -76,25 +77,30 @@ class Spelling:
 
     is_broken: bool = True  # the next letter begins a word
     is_held: bool = False  # an apostrophe waits for a letter
+    is_joined: bool = False  # the next word needs no space before it
 
     def spell(self, text: str) -> tuple[str, Spelling] | None:
-        """More text -> its letters, with a space before each new word. None: it cannot be said.
+        """More text -> its letters, with a space before each new word.
 
-        >>> Spelling().spell("O'Neil, no!")[0]
+        None: it cannot be said, or a word begins without a space.
+
+        >>> Spelling().spell(" O'Neil, no!")[0]
         " o'neil no"
         """
-        out, is_broken, is_held = "", self.is_broken, self.is_held
+        out, is_broken, is_held, is_joined = "", self.is_broken, self.is_held, self.is_joined
         for char in text.translate(_ALIKE).lower():
             if char in _SAID:
+                if is_broken and not is_joined:
+                    return None
                 out += " " * is_broken + APOSTROPHE * (is_held and not is_broken) + char
-                is_broken = is_held = False
+                is_broken = is_held = is_joined = False
             elif char == APOSTROPHE:
                 is_held = not is_broken
             elif char in _UNSAID:
-                is_broken, is_held = True, False
+                is_broken, is_held, is_joined = True, False, char in _JOINS
             else:
                 return None
-        return out, Spelling(is_broken, is_held)
+        return out, Spelling(is_broken, is_held, is_joined)
 
 
 @dataclass(slots=True)
@@ -106,34 +112,42 @@ class Heard:
     prefix: CtcPrefix
     spelling: Spelling = field(default_factory=Spelling)
 
-    def next_word(self) -> tuple[str, int] | None:
-        """The next word on the best path and the frame after it (0: the end of what was heard)."""
-        word, end = "", 0
+    def what_next(self) -> Next:
+        """What the best path says after the written text."""
+        going, word, end = "", "", 0
+        going_end = 0
         for text, frame in self.prefix.rest():
-            if text.startswith(" "):
-                if word:
-                    break
-                word = text
-            elif word:
-                word += text
-            end = frame
-        return (word, end) if word else None
-
-    def going_on(self) -> str:
-        """Letters that the best path adds to the open word."""
-        letters = ""
-        for text, _ in self.prefix.rest():
-            if text.startswith(" "):
+            if text.startswith(" ") and word:
                 break
-            letters += text
-        return letters
+            if text.startswith(" ") or word:
+                word, end = word + text, frame
+            else:
+                going, going_end = going + text, frame
+        quiet = self.prefix.n_frames - self.prefix.done
+        is_open = bool(self.prefix.word.strip()) and not self.spelling.is_broken
+        return Next(
+            going=going if is_open else "",
+            going_end=going_end,
+            word=word,
+            word_end=end,
+            is_over=is_open and not going and (bool(word) or quiet >= self.cfg.quiet_frames),
+        )
 
-    def over(self) -> float:
-        """Probability that the open word is complete."""
-        if self.spelling.is_broken or not self.prefix.word:
-            return 1.0
-        scores = self.prefix.scores([""])
-        return min(1.0, float(scores.ended[0]) / max(float(scores.prefix[0]), TINY))
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """The best path after the written text; frames count from the end of what was heard, <= 0."""
+
+    going: str  # letters that go on with the open word
+    going_end: int  # frame after them
+    word: str  # the next word, with its space
+    word_end: int
+    is_over: bool  # the open word: another follows, or silence does
+
+    def is_due(self, n_delay: int) -> bool:
+        """Whether letters or a word ended `n_delay` frames ago or earlier."""
+        goes_on = bool(self.going) and self.going_end <= -n_delay
+        return goes_on or (bool(self.word) and self.word_end <= -n_delay)
 
 
 @dataclass(slots=True)
@@ -146,37 +160,28 @@ class Joint:
     n_written: int = 0
 
     def goes_on(self, stop: float) -> bool:
-        cfg = self.heard.cfg
         if self.n_written >= self.n_most:
             return False
-        if self._is_due():
-            odds = -cfg.due_odds
-        elif self.heard.spelling.is_broken or not self.heard.prefix.word:
-            return False
-        else:
-            over = min(max(self.heard.over(), 1e-3), 1.0 - 1e-3)
-            odds = math.log(over / (1.0 - over))
-        return cfg.stop_weight * stop + odds <= 0.0
-
-    def _is_due(self) -> bool:
-        word = self.heard.next_word()
-        return word is not None and word[1] <= -self.n_delay
+        following = self.heard.what_next()
+        if following.is_due(self.n_delay):
+            return True
+        # Punctuation alone is left: the stop head knows where it belongs.
+        return following.is_over and stop <= -self.heard.cfg.mark_odds
 
     def suggest(self) -> list[int]:
-        """The first token of what the best path says next, as a word may begin or go on."""
-        heard, texts = self.heard, list[str]()
-        if letters := heard.going_on():
-            texts.append(letters)
-        if word := heard.next_word():
-            texts += [word[0], " " + word[0][1:].capitalize()]
+        """The first token of what the best path says next, as a word may go on or begin."""
+        heard, following = self.heard, self.heard.what_next()
+        texts = [following.going] if following.going else []
+        if following.word:
+            texts += [following.word, " " + following.word[1:].capitalize()]
         found = (heard.tokenizer.encode(text) for text in texts)
         return [ids[0] for ids in found if ids]
 
     def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int:
         heard = self.heard
         spelt = [heard.spelling.spell(heard.tokenizer.decode([i])) for i in ids]
-        is_due = self._is_due()
-        known = [i for i, said in enumerate(spelt) if said is not None and self._fits(said, is_due)]
+        following = heard.what_next()
+        known = [i for i, said in enumerate(spelt) if said and self._fits(*said, following)]
         self.n_written += 1
         if not known:
             heard.spelling = Spelling()
@@ -201,9 +206,10 @@ class Joint:
         heard.spelling = chosen[1]
         return ids[best]
 
-    def _fits(self, said: tuple[str, Spelling], is_due: bool) -> bool:
-        """New words must be due; a token without letters must end a word or hold an apostrophe."""
-        text, after = said
+    def _fits(self, text: str, after: Spelling, following: Next) -> bool:
+        """A new word must be due, and a token without letters must end a word that is over."""
+        if " " in text:
+            return bool(following.word) and following.word_end <= -self.n_delay
         if text:
-            return is_due or " " not in text
-        return after != self.heard.spelling and bool(self.heard.prefix.word.strip())
+            return True
+        return following.is_over and after != self.heard.spelling

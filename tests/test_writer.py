@@ -79,8 +79,10 @@ def write_all(joint: Joint, vocabulary, offers: dict[str, float], stop: float = 
     ("texts", "letters"),
     [
         ([" O'Neil", "'s", " dog", "s'", " x"], [" o'neil", "'s", " dog", "s", " x"]),
-        (["Well", "-", "known", " -- so"], [" well", "", " known", " so"]),
-        ([" “", "Hi", "!", "”"], [None]),
+        ([" Well", "-", "known", " -- so"], [" well", "", " known", " so"]),
+        ([" yes", ".", "No"], [" yes", "", None]),
+        (["No"], [None]),
+        ([" “"], [None]),
         ([" '", "tis"], ["", " tis"]),
         ([" 7"], [None]),
         (["\n"], [None]),
@@ -127,13 +129,33 @@ def test_an_open_word_is_finished_letter_by_letter(vocabulary):
     assert write_all(joint, vocabulary, {" c": -0.1, "s": -2.0, ".": -4.0}) == [" c", "at"]
 
 
-def test_the_stop_head_may_ask_for_punctuation_but_not_for_a_word(vocabulary):
-    sure_to_go_on = -40.0
-    offers = {" dog": -0.1, ".": -1.0}
-    joint = Joint(hearing(vocabulary, frames("cat")), n_most=9, n_delay=0)
-    assert write_all(joint, vocabulary, offers, stop=sure_to_go_on) == [" cat", "."]
-    silent = hearing(vocabulary, frames("cat")[3:])
-    assert write_all(Joint(silent, 9, 0), vocabulary, offers, stop=sure_to_go_on) == []
+def test_letters_wait_until_they_are_heard(vocabulary):
+    """An open word ends when another is heard or silence is; then punctuation may follow."""
+    heard = hearing(vocabulary, frames("cat", gap=1))
+    sure_to_go_on, offers = -40.0, {" dog": -0.1, ".": -1.0, "s": -1.0}
+    assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=sure_to_go_on) == [" cat"]
+    heard.prefix.hear(frames("a", gap=CFG.quiet_frames)[1:])
+    assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=40.0) == []
+    assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=sure_to_go_on) == ["."]
+    assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=sure_to_go_on) == []
+
+
+def test_a_piece_may_be_written_in_parts(vocabulary):
+    """Two letters in one piece, of which a token has the first: the other is still to come."""
+    table = PieceTable((*PieceTable.of(testing.tiny_pieces()).texts, "at"))
+    probs = torch.full((8, len(table.texts)), 1e-4)
+    for t, piece in enumerate([" c", "at", "", "", "", "", "", ""]):
+        probs[t, table.texts.index(piece)] = 1.0
+    prefix = CtcPrefix(table)
+    prefix.hear(probs.log())
+    heard = Heard(CFG, vocabulary, prefix)
+    prefix.write(" ca")
+    heard.spelling = Spelling(is_broken=False)
+    assert prefix.left == "t"
+    assert heard.what_next().going == "t"
+    prefix.write("t")
+    assert prefix.left == ""
+    assert heard.what_next().going == ""
 
 
 def test_no_more_than_allowed_and_nothing_that_cannot_be_said(vocabulary):

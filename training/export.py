@@ -64,11 +64,11 @@ def main() -> None:
     parser.add_argument("--ear", type=Path, required=True)
     parser.add_argument("--bridge", type=Path, required=True)
     parser.add_argument("--pieces", type=Path, required=True)
-    for name in ("ctc_weight", "stop_threshold", "stop_weight", "due_odds"):
+    for name in ("ctc_weight", "stop_threshold", "mark_odds"):
         default = getattr(WriterConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
     args = parser.parse_args()
-    writer = WriterConfig(args.ctc_weight, args.stop_threshold, args.stop_weight, args.due_odds)
+    writer = WriterConfig(args.ctc_weight, args.stop_threshold, args.mark_odds)
     export(args.out, args.ear, args.bridge, args.pieces, writer)
     size = sum(p.stat().st_size for p in args.out.iterdir()) / 1e6
     print(f"{args.out}: {size:.1f} MB")

@@ -44,7 +44,8 @@ def simulate(texts: list[str], pieces: CtcPieces, rng: random.Random) -> Sketch:
     spelled in pieces, as an ear does that cannot spell; and pieces are misheard, in which case the
     right one keeps what the wrong one leaves.
     """
-    gap, misspelt = rng.uniform(0.0, 3.0), rng.uniform(0.0, 0.25)
+    # Mostly dense: the same queries hold more words to read. Audio brings its own pace later.
+    gap, misspelt = 3.0 * rng.uniform(0.0, 1.0) ** 2, rng.uniform(0.0, 0.25)
     wrong, lost = rng.uniform(0.0, 0.15), rng.uniform(0.0, 0.1)
     frames: list[_Frame] = [_SILENT] * rng.randint(1, 8)
     words = []

@@ -5,7 +5,7 @@ pauses between them, are played at the speed of speech by more and more streams,
 lag exceeds a chunk (--limit-ms) or somebody is refused or dropped. With --arrivals it is an open
 loop instead: streams come and go at random, whether or not the engine keeps up.
 Against: an engine in this process; --server, the same behind our own websocket server here; --url,
-any running server (--dialect stream for our own /v1/stream, openai for /v1/realtime of anybody).
+any running server (--dialect stream for our own /v1/stream, others for anybody's: bench.dialects).
 Out: one JSON document: a line for each number of streams (lag, RTF, CPU, memory, refused, dropped),
 streams and streams per core that are held, memory per stream, and the bound of the memory bus.
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sparqle_stream.models import SparqleModel
 
 WARM_UP_S = 3.0
+OWN = "stream"
+OTHERS = ("openai", "vllm", "deepgram", "whisperlive", "whisperlivekit")  # bench.dialects
 FOREIGN_LIMIT_MS = 1000.0  # of lag, where the protocol counts from the end of speech
 
 
@@ -149,7 +151,8 @@ def _target(
     args: argparse.Namespace, wanted: Settings, model: SparqleModel | None, stack: ExitStack
 ) -> Target:
     """Whom the streams play to; what has to be closed afterwards goes on the stack."""
-    from bench.openai_target import OpenAiTarget
+    from bench.dialects import DIALECTS
+    from bench.socket_target import SocketTarget
     from sparqle_stream import engine as engines
     from sparqle_stream import server
 
@@ -161,15 +164,16 @@ def _target(
             return EngineTarget(engine, options)
         cfg = server.ServerConfig(port=0, drain_s=0.0, defaults=options)
         url = stack.enter_context(server.background(engine, cfg))
-    if args.dialect == "openai":
-        return OpenAiTarget(url, args.server_model, args.api_key)
+    if args.dialect != OWN:
+        asked = args.server_model or (model.name if model else "")
+        return SocketTarget(url, DIALECTS[args.dialect], asked, args.api_key)
     query: dict[str, str | int] = {"chunk_ms": wanted.chunk_ms, "delay_ms": wanted.delay_ms}
     query |= {"vad": wanted.vad, "vad_stop_ms": wanted.vad_stop_ms}
     return StreamTarget(url, query, args.api_key)
 
 
 def _default_limit_ms(args: argparse.Namespace) -> float:
-    return FOREIGN_LIMIT_MS if args.dialect == "openai" else float(args.chunk_ms)
+    return float(args.chunk_ms) if args.dialect == OWN else FOREIGN_LIMIT_MS
 
 
 def _through(args: argparse.Namespace) -> str:
@@ -199,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     add("--most", type=int, default=32, metavar="N", help="streams to try, slots (%(default)s)")
     add("--seconds", type=float, default=30.0, help="of each stream, or of arrivals (%(default)s)")
     add("--stagger-s", type=float, default=2.0, metavar="S", help="over which streams start (2)")
-    add("--limit-ms", type=float, metavar="MS", help="p95 of lag (a chunk; 1000 with openai)")
+    add("--limit-ms", type=float, metavar="MS", help="p95 of lag (a chunk; 1000 for others)")
     add("--packet-ms", type=int, default=20, metavar="MS", help="(%(default)s)")
     add("--pause-s", type=float, default=1.0, metavar="S", help="mean, after recordings (1)")
     add("--arrivals", type=float, metavar="N", help="streams a minute come and go: open loop")
@@ -208,9 +212,9 @@ def parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--server", action="store_true", help="through our own server, started here")
     where.add_argument("--url", help="through a server that runs: ws://HOST:PORT")
-    add("--dialect", choices=("stream", "openai"), default="stream", help="(%(default)s)")
+    add("--dialect", choices=(OWN, *OTHERS), default=OWN, help="(%(default)s)")
     add("--api-key", default="", metavar="KEY", help="of the server")
-    add("--server-model", default="", metavar="NAME", help="what openai's dialect asks for")
+    add("--server-model", default="", metavar="NAME", help="what other dialects ask for")
     add("--server-pid", type=int, metavar="PID", help="of a server here: its CPU and memory")
     add("--force", action="store_true", help="time on a busy machine, and say so in the result")
     plots.add_option(parser)

@@ -20,7 +20,7 @@ class Spy:
 
     def __init__(self, monkeypatch) -> None:
         self.segments: list[list[int]] = []
-        next_turn, allow = Session.next_turn, Session.allow
+        next_turn, hear = Session.next_turn, Session.hear
 
         def spied_turn(session):
             turn = next_turn(session)
@@ -28,12 +28,12 @@ class Spy:
                 self.segments.append([])
             return turn
 
-        def spied_allow(session, log_probs):
+        def spied_hear(session, log_probs):
             self.segments[-1] += log_probs.argmax(dim=-1).tolist()
-            return allow(session, log_probs)
+            return hear(session, log_probs)
 
         monkeypatch.setattr(Session, "next_turn", spied_turn)
-        monkeypatch.setattr(Session, "allow", spied_allow)
+        monkeypatch.setattr(Session, "hear", spied_hear)
 
 
 @pytest.mark.parametrize(

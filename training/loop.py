@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from torch import Tensor
 
@@ -28,6 +31,22 @@ LOWEST_RATE = 0.02  # of the peak, at the end
 def part(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Weights of one module, by their names in it."""
     return {k[len(name) + 1 :]: v for k, v in weights.items() if k.startswith(name + ".")}
+
+
+@contextmanager
+def _stopped_by_signals(run: Run) -> Iterator[None]:
+    """A signal in the middle of a step would leave half of an update behind: it waits."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        run.is_stopped = True
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Run(ABC):
@@ -111,13 +130,14 @@ class Run(ABC):
             group["peak"] = peak
 
     def run(self, work: Path, *, resume: bool, save_every_s: float = 180.0) -> None:
-        """All steps that are left."""
+        """All steps that are left; Ctrl-C and SIGTERM end it after a step, saved."""
         if resume and (work / "last.pt").exists():
             self.resume(work)
         self.seed()
         work.mkdir(parents=True, exist_ok=True)
         saved = time.monotonic()
-        with (work / "log.jsonl").open("a") as log:
+        self.is_stopped = False
+        with _stopped_by_signals(self), (work / "log.jsonl").open("a") as log:
             bar = tqdm(range(self.step, self.n_steps), desc=self.name, unit="step", mininterval=5)
             for _ in bar:
                 began = time.monotonic()
@@ -129,6 +149,8 @@ class Run(ABC):
                 if time.monotonic() - saved > save_every_s:
                     self.save(work)
                     saved = time.monotonic()
+                if self.is_stopped:
+                    break
         self.save(work)
 
 

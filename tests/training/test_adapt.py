@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,23 @@ def test_rates_are_the_config_s_also_after_a_resume(pack, pieces, tmp_path):
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(1, 17))
+
+
+def test_a_signal_ends_a_run_after_its_step_and_saves_it(pack, pieces, tmp_path):
+    trainer = make_trainer(config(pack), pieces)
+    train_step = trainer.train_step
+
+    def interrupted():
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step()
+
+    trainer.train_step = interrupted
+    before = signal.getsignal(signal.SIGTERM)
+    trainer.run(tmp_path, resume=False)
+    assert trainer.step == 3
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_only_spelled_out_clips_are_drawn(pack):

@@ -24,7 +24,13 @@ from sparqle_stream.audio import AudioFormat
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ProtocolError, SparqleError
 from sparqle_stream.server import transport
-from sparqle_stream.server.settings import Close, IdleError, InternalError, close_code
+from sparqle_stream.server.settings import (
+    Close,
+    FrameSizeError,
+    IdleError,
+    InternalError,
+    close_code,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
@@ -457,7 +463,7 @@ class Connection:
             if text is not None:
                 await self.dialect.on_text(text)
             else:
-                await self.dialect.on_audio(message["bytes"])
+                await self.dialect.on_audio(self._sized(message["bytes"]))
         except SparqleError as err:
             self.dialect.on_error(err)
         except (WebSocketDisconnect, asyncio.CancelledError):
@@ -465,6 +471,14 @@ class Connection:
         except Exception:
             logger.exception("a frame could not be handled")
             self._on_bug()
+
+    def _sized(self, data: bytes) -> bytes:
+        limit = self.hub.cfg.frame_bytes
+        if len(data) > limit:
+            raise FrameSizeError(
+                f"a frame of {len(data)} bytes is too big", hint=f"send at most {limit} a frame"
+            )
+        return data
 
     async def _write(self) -> None:
         """The outbox to the client, until a close frame is sent."""

@@ -30,6 +30,9 @@ CLOSE_S = 1.0  # for the close frame of those that had none
 class Member(Protocol):
     """What counts as a stream: a websocket connection, an upload, a Wyoming connection."""
 
+    @property
+    def lag_s(self) -> float: ...  # audio received and not captioned
+
     def notify(self, code: str, message: str) -> None: ...
 
     def stop(self, code: Close, reason: str) -> None: ...
@@ -48,6 +51,7 @@ class Hub:
         self.connections: set[Member] = set()
         self.is_draining = False
         self.metrics = ServerMetrics(engine)
+        self.metrics.backlog.set_function(lambda: sum(c.lag_s for c in self.connections))
         self._callers: Counter[str] = Counter()  # streams of each that are open
 
     @property

@@ -10,7 +10,7 @@ import json
 import logging
 from datetime import UTC, datetime
 
-FIELDS = ("stream", "dialect", "caller", "audio_s", "open_s", "code", "reason")
+FIELDS = ("stream", "dialect", "audio_s", "open_s", "code", "reason")
 
 
 class JsonFormatter(logging.Formatter):

@@ -60,6 +60,9 @@ class ServerMetrics:
         self.closes = Counter(
             "sparqle_closes", "connections ended, by close code", ["code"], registry=registry
         )
+        self.backlog = Gauge(
+            "sparqle_backlog_seconds", "audio of all streams that waits", registry=registry
+        )
         self._lag = Histogram(
             "sparqle_lag_seconds",
             "audio received and not captioned, at every event",

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from starlette.responses import JSONResponse
 
 from sparqle_stream.errors import BusyError, ConfigError, SparqleError
-from sparqle_stream.server.settings import TooManyStreamsError
+from sparqle_stream.server.settings import TooManyStreamsError, is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -49,7 +49,7 @@ def check(request: HTTPConnection, cfg: ServerConfig) -> str:
         hint = "send Authorization: Bearer KEY"
         raise RefusedError(401, "unauthorized", "missing or wrong API key", hint)
     origin = request.headers.get("origin", "")
-    if origin and not _is_allowed(origin, request.headers.get("host", ""), cfg.allow_origins):
+    if origin and not _is_allowed(origin, request.headers.get("host", ""), cfg):
         hint = "serve --allow-origin ORIGIN"
         raise RefusedError(403, "forbidden_origin", f"pages of {origin} may not connect", hint)
     if key:
@@ -117,6 +117,18 @@ def _find_key(request: HTTPConnection, keys: Collection[str]) -> str:
     return found[0] if found else ""
 
 
-def _is_allowed(origin: str, host: str, allowed: Collection[str]) -> bool:
-    """Browsers ask no permission before a websocket, so the server has to check `Origin`."""
-    return "*" in allowed or origin in allowed or urlsplit(origin).netloc == host
+def _is_allowed(origin: str, host: str, cfg: ServerConfig) -> bool:
+    """Browsers ask no permission before a websocket, so the server has to check `Origin`.
+
+    A page of our own host is welcome. But a name that leads to this machine may be anybody's (DNS
+    rebinding): a server for this machine alone, without a key, knows only this machine's names.
+    """
+    if "*" in cfg.allow_origins or origin in cfg.allow_origins:
+        return True
+    try:
+        page = urlsplit(origin)
+        is_local = is_loopback(page.hostname or "")
+    except ValueError:
+        return False
+    is_open = bool(cfg.keys) or not is_loopback(cfg.host)
+    return page.netloc == host and (is_open or is_local)

@@ -21,7 +21,6 @@ from sparqle_stream.server.connection import Connection, Phase
 from sparqle_stream.server.resume import Ledger
 from sparqle_stream.server.settings import (
     MAX_PROMPT_CHARS,
-    FrameSizeError,
     FrameTypeError,
 )
 
@@ -74,11 +73,6 @@ class StreamDialect:
             self._link.stream_id = self._request.stream_id
 
     async def on_audio(self, data: bytes) -> None:
-        limit = self._link.hub.cfg.frame_bytes
-        if len(data) > limit:
-            raise FrameSizeError(
-                f"a frame of {len(data)} bytes is too big", hint=f"send at most {limit} a frame"
-            )
         if self._link.phase is not Phase.OPEN:
             raise ProtocolError("audio after the end", hint="send end after the last audio")
         await self._link.take(data, waits=self._request.waits)

@@ -26,9 +26,9 @@ from sparqle_stream.server import openai_files, request
 from sparqle_stream.server.settings import FrameSizeError, IdleError, TooManyStreamsError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator
 
-    from starlette.types import Message
+    from starlette.types import Message, Receive, Scope, Send
 
     from sparqle_stream.engine import Stream
     from sparqle_stream.server.hub import Hub
@@ -62,6 +62,11 @@ class Upload:
         self._is_over = threading.Event()
 
     # --- what the hub calls ----------------------------------------------------------------------
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds of sound that wait for the engine."""
+        return self._stream.backlog_s if self._stream is not None else 0.0
 
     def notify(self, code: str, message: str) -> None:
         """HTTP has no word for it."""
@@ -129,6 +134,24 @@ class Upload:
         self._events.put_nowait(err)
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events; whatever ends them, also before the first, `stack` is closed after."""
+
+    def __init__(self, events: AsyncGenerator[str, None], stack: contextlib.ExitStack) -> None:
+        # A proxy that gathers the answer would take its point away.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._stack:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                await self._events.aclose()
+
+
 async def transcribe(http: HttpRequest) -> Response:
     """POST of one file."""
     hub: Hub = http.app.state.hub
@@ -143,9 +166,8 @@ async def transcribe(http: HttpRequest) -> Response:
         hub.metrics.connections.labels(ROUTE).inc()
         events = upload.events(path, asked)
         if asked.is_streamed:
-            media_type = "text/event-stream"
-            answer = StreamingResponse(_stream(events, result, stack), media_type=media_type)
-            stack = contextlib.ExitStack()  # the generator gives back
+            answer = EventStream(_stream(events, result), stack)
+            stack = contextlib.ExitStack()  # the answer gives back
             return answer
         return await _whole(http, events, result)
     except (request.RefusedError, BusyError, TooManyStreamsError) as err:
@@ -230,22 +252,20 @@ async def _hang_up(http: HttpRequest) -> None:
 async def _stream(
     events: AsyncGenerator[messages.Event, None],
     result: openai_files.Result,
-    stack: contextlib.ExitStack,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """Server-sent events; an error is one, too: the status has been sent."""
-    with stack:
-        try:
-            async with contextlib.aclosing(events):
-                async for event in events:
-                    is_first = not result.transcript.text
-                    result.add(event)
-                    if isinstance(event, messages.Final):
-                        yield result.delta(event, is_first=is_first)
-            result.transcript.finish()
-            yield result.done()
-        except SparqleError as err:
-            body = openai_files.error_body(err, _kind(err))
-            yield f"data: {json.dumps({'type': 'error'} | body, ensure_ascii=False)}\n\n"
+    try:
+        async with contextlib.aclosing(events):
+            async for event in events:
+                is_first = not result.transcript.text
+                result.add(event)
+                if isinstance(event, messages.Final):
+                    yield result.delta(event, is_first=is_first)
+        result.transcript.finish()
+        yield result.done()
+    except SparqleError as err:
+        body = openai_files.error_body(err, _kind(err))
+        yield f"data: {json.dumps({'type': 'error'} | body, ensure_ascii=False)}\n\n"
 
 
 def _refusal(err: SparqleError) -> Response:

@@ -6,23 +6,28 @@ import contextlib
 import http.client
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import ssl
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from server_harness import WAIT_S, frames, get, open_stream, rest, run, s16, serving, text
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from sparqle_stream import messages, server, testing
+from sparqle_stream import cli, messages, server, testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.errors import ConfigError
-from sparqle_stream.server import logs
+from sparqle_stream.server import logs, request
 from sparqle_stream.server.connection import Pace
 
+REPO = Path(__file__).parents[2]
 SPOKEN = StreamOptions(vad=VadConfig(kind="off"))
 WORDS = ["far", "away", "bird", "sing"]
 SPEECH = s16(testing.say(WORDS))
@@ -178,6 +183,7 @@ def test_metrics_count_what_happened(oracle):
     assert value(page, "sparqle_word_delay_seconds_count") == len(WORDS)
     assert value(page, 'sparqle_step_seconds_bucket{le="+Inf"}') == oracle.metrics().steps
     assert value(page, "sparqle_lag_seconds_count") >= 5
+    assert value(page, "sparqle_backlog_seconds") == 0
 
 
 def test_the_model_is_listed(oracle):
@@ -242,3 +248,65 @@ def test_settings_that_cannot_work():
             server.ServerConfig(**bad)
     with pytest.raises(ConfigError, match="Wyoming has no keys"):
         server.ServerConfig(host="0.0.0.0", api_key="k", wyoming_port=10300)
+
+
+def test_keys_in_a_file(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# customers\n\nanna-key\n  berta-key  \n")
+    assert cli._keys_of(str(file)) == ("anna-key", "berta-key")
+    assert cli._keys_of("") == ()
+    file.write_text("# nobody\n")
+    with pytest.raises(ConfigError, match="no key"):
+        cli._keys_of(str(file))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        cli._keys_of(str(tmp_path / "none"))
+
+
+@pytest.mark.slow
+def test_the_command_logs_json_and_says_where_the_page_is():
+    """A process: the log's set-up belongs to it alone."""
+    command = [sys.executable, "-m", "sparqle_stream.cli", "serve", "--model", "random:tiny"]
+    command += ["--port", "0", "--log", "json", "--vad", "off", "--drain-s", "0"]
+    paths = os.pathsep.join(str(REPO / folder) for folder in (".", "kernels"))
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    ) as process:
+        try:
+            url = re.search(r"ws://\S+", process.stdout.readline())[0]
+            run(url, SPEECH)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=WAIT_S)
+        finally:
+            process.kill()
+    page, *lines = err.splitlines()
+    assert page == f"page: {url.replace('ws', 'http', 1)}/"
+    records = [json.loads(line) for line in lines]
+    assert process.returncode == 0
+    assert "/v1/stream" in {record.get("dialect") for record in records}
+    assert {record["level"] for record in records} == {"info"}
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "settings", "is_allowed"),
+    [
+        ("http://localhost:8765", "localhost:8765", {}, True),
+        ("http://127.0.0.1:1", "127.0.0.1:2", {}, False),
+        ("http://evil.example:8765", "evil.example:8765", {}, False),
+        ("http://evil.example:8765", "evil.example:8765", {"api_key": "k"}, True),
+        ("https://host.example", "host.example", {"host": "0.0.0.0", "insecure": True}, True),
+        (
+            "https://host.example",
+            "host.example",
+            {"allow_origins": ("https://host.example",)},
+            True,
+        ),
+        ("http://[", "[", {}, False),
+    ],
+)
+def test_a_name_that_leads_here_is_not_yet_a_friend(origin, host, settings, is_allowed):
+    """DNS rebinding: a page of somebody's domain whose address is suddenly this machine's."""
+    assert request._is_allowed(origin, host, server.ServerConfig(**settings)) is is_allowed

@@ -66,7 +66,7 @@ def last_words(websocket) -> tuple[messages.Event, int | None]:
     ("query", "code", "part", "hint"),
     [
         ({"sample_rat": 16000}, "invalid_option", "'sample_rat'", "did you mean sample_rate?"),
-        ({"zzz": 1}, "invalid_option", "'zzz'", "known: channels, chunk_ms"),
+        ({"zzz": 1}, "invalid_option", "'zzz'", "known: ack, after, channels"),
         ({"sample_rate": 96000}, "invalid_option", "96000 Hz", "use 8000 to 48000 Hz"),
         ({"sample_rate": "16k"}, "invalid_option", "sample_rate='16k'", "for example 16000"),
         ({"format": "mp3"}, "invalid_option", "'mp3'", "s16le"),

@@ -215,6 +215,19 @@ def test_a_client_that_hangs_up_frees_its_slot(engine, url):
         assert engine.metrics().n_streams == 0
 
 
+def test_a_client_that_leaves_its_events_frees_its_slot(engine, url, client):
+    for n_read in (0, 1):
+        events = create(client, stream=True)
+        for _ in range(n_read):
+            next(iter(events))
+        events.close()
+        deadline = time.perf_counter() + 10
+        while get(url, "/readyz")[1]["slots_free"] < 2 and time.perf_counter() < deadline:
+            time.sleep(0.02)
+        assert get(url, "/readyz")[1]["slots_free"] == 2
+        assert engine.metrics().n_streams == 0
+
+
 def test_a_recording_that_is_too_long(engine):
     with serving(engine, defaults=OFF, max_stream_s=2.0) as url:
         base = url.replace("ws", "http", 1)

@@ -256,8 +256,9 @@ def test_corruption_changes_what_is_read_not_what_is_taught(llm):
         )
         trainer.losses(queries, [row])
     read = [value if kind == "t" else 0 for kind, value in row.items]
-    assert seen[0][0].tolist() == read
-    changed = (seen[1] != seen[0])[0].tolist()
+    assert seen[0][0, : len(read)].tolist() == read
+    assert not seen[0][0, len(read) :].any(), "padding"
+    changed = (seen[1] != seen[0])[0, : len(read)].tolist()
     assert not any(changed[:4])  # beginning and first tokens of the prefix stay
     is_text = [kind == "t" for kind, _ in row.items]
     assert not any(c and not t for c, t in zip(changed, is_text, strict=True))

@@ -158,9 +158,12 @@ def figures(takes: Sequence[Take], n_reference: Sequence[int] = ()) -> dict[str,
     audio_s = sum(take.duration for take in takes)
     compute_s = sum(take.compute_seconds for take in takes)
     stages: dict[str, float] = {}
+    of_stages: dict[str, list[float]] = {}
     for take in takes:
         for stage, seconds in take.stage_seconds.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
+        for stage, each in take.stage_chunks.items():
+            of_stages.setdefault(stage, []).extend(each)
     return {
         "algorithmic": heard.summary(),
         "with_compute": clocked.summary(),
@@ -168,6 +171,7 @@ def figures(takes: Sequence[Take], n_reference: Sequence[int] = ()) -> dict[str,
         "words_with_unsure_end": heard.n_unsure,
         "lagging": _lagging(takes, n_reference or [0] * len(takes)),
         "chunk_compute_ms": percentiles_ms(chunks),
+        "stage_ms": {stage: percentiles_ms(seconds) for stage, seconds in of_stages.items()},
         "stage_ms_per_audio_second": {
             stage: round(1000 * seconds / audio_s, 2) for stage, seconds in stages.items()
         },

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 PACKET_SAMPLES = SAMPLE_RATE_HZ // 50
 DONE_TIMEOUT_S = 120.0
+VAD = "vad"  # the stage that runs outside of chunks
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class Take:
     arrivals: list[tuple[float, messages.Event]] = field(default_factory=list)
     chunk_seconds: list[float] = field(default_factory=list)  # wall clock of each step
     stage_seconds: dict[str, float] = field(default_factory=dict)  # wall clock of all steps
+    stage_chunks: dict[str, list[float]] = field(default_factory=dict)  # and of each, but the vad's
     duration: float = 0.0
     compute_seconds: float = 0.0
     late_s: float = 0.0  # how late the latest packet was fed; a busy machine's fault
@@ -73,13 +75,23 @@ class StepMeter:
         self._metrics = metrics
         self._last = self._first = metrics()
         self.chunk_seconds: list[float] = []
+        self.stage_chunks: dict[str, list[float]] = {}
 
     def read(self) -> None:
         now = self._metrics()
         if n := now.steps - self._last.steps:
             spent = now.step_seconds.total_s - self._last.step_seconds.total_s
             self.chunk_seconds += [spent / n] * n
+            for stage, total in now.stage_seconds.items():
+                if stage != VAD:  # it hears packets, not chunks
+                    mean = (total - self._last.stage_seconds.get(stage, 0.0)) / n
+                    self.stage_chunks.setdefault(stage, []).extend([mean] * n)
             self._last = now
+
+    def fill(self, take: Take) -> None:
+        """Everything that was read goes into a take."""
+        take.chunk_seconds, take.stage_chunks = self.chunk_seconds, self.stage_chunks
+        take.stage_seconds = self.stages()
 
     def stages(self) -> dict[str, float]:
         """Seconds per stage since the meter was made."""
@@ -128,7 +140,7 @@ def play(
     last = take.arrivals[-1][1]
     if not isinstance(last, messages.Done):
         raise RuntimeError(f"the stream failed: {last}")
-    take.chunk_seconds, take.stage_seconds = meter.chunk_seconds, meter.stages()
+    meter.fill(take)
     take.duration, take.compute_seconds = last.duration, last.compute_seconds
     return take
 
@@ -176,7 +188,7 @@ async def _play_remote(
         raise RuntimeError(f"the stream failed: {last}")
     if meter:
         meter.read()
-        take.chunk_seconds, take.stage_seconds = meter.chunk_seconds, meter.stages()
+        meter.fill(take)
     take.duration, take.compute_seconds = last.duration, last.compute_seconds
     take.late_s = pace.late_s
     return take
@@ -232,11 +244,11 @@ class _VirtualRun:
         """The packet arrives with its last sample; the detector and full chunks run."""
         self._n_heard += len(packet)
         self.take.duration = self._n_heard / SAMPLE_RATE_HZ
-        self._do("vad", lambda: self._session.enqueue(self._session.listen(packet)))
+        self._do(VAD, lambda: self._session.enqueue(self._session.listen(packet)))
         self._work()
 
     def finish(self) -> None:
-        self._do("vad", lambda: self._session.enqueue(self._session.flush()))
+        self._do(VAD, lambda: self._session.enqueue(self._session.flush()))
         self._work()
         duration = self.take.duration
         done = messages.Done(duration, self.take.compute_seconds, duration)
@@ -263,9 +275,11 @@ class _VirtualRun:
         end, inside = self._clock(), sum(result.seconds.values())
         outside = end - begin - inside
         self._parts = {"begin": ran - begin - inside} | result.seconds | {"words": end - ran}
-        stages = self.take.stage_seconds
-        for stage, seconds in (*result.seconds.items(), ("captions", outside)):
+        of_chunk = result.seconds | {"captions": result.seconds.get("captions", 0.0) + outside}
+        stages, chunks = self.take.stage_seconds, self.take.stage_chunks
+        for stage, seconds in of_chunk.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
+            chunks.setdefault(stage, []).append(seconds)
 
     def _do(self, what: str, work: Callable[[], object]) -> float:
         """Runs work at the stream second at which a live engine would: seconds it took."""
@@ -276,9 +290,9 @@ class _VirtualRun:
         self._free_at = start + spent
         self._spans.append((what, start, spent, self._parts if what == "chunk" else {}))
         self.take.compute_seconds += spent
-        if what == "vad":
+        if what == VAD:
             stages = self.take.stage_seconds
-            stages["vad"] = stages.get("vad", 0.0) + spent
+            stages[VAD] = stages.get(VAD, 0.0) + spent
         return spent
 
     def _arrive(self, events: Iterable[messages.Event]) -> None:

@@ -249,6 +249,7 @@ def _latency_table(result: Json) -> str:
         "end of speech to final, heard": heard["end_of_speech_to_final_ms"],
         "end of speech to final, clock": clock["end_of_speech_to_final_ms"],
         "chunk": result["chunk_compute_ms"],
+        **{f"of a chunk: {stage}": values for stage, values in result["stage_ms"].items()},
     }
     columns = ("n", "p50", "p90", "p95", "p99", "max")
     return table(

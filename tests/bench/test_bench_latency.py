@@ -105,6 +105,11 @@ def test_both_players_say_what_the_engine_says(tiny, clip):
     assert sum(live.chunk_seconds) <= live.compute_seconds
     assert {"vad", "encoder", "llm", "captions"} <= live.stage_seconds.keys()
     assert live.stage_seconds.keys() == virtual.stage_seconds.keys()
+    for take in (live, virtual):
+        assert take.stage_chunks.keys() == take.stage_seconds.keys() - {"vad"}
+        assert all(len(each) == n_chunks for each in take.stage_chunks.values())
+        for stage, each in take.stage_chunks.items():
+            assert sum(each) == pytest.approx(take.stage_seconds[stage], rel=1e-6)
 
 
 def test_a_stream_that_fails_is_not_timed(tiny, clip, monkeypatch):
@@ -119,17 +124,22 @@ def test_a_stream_that_fails_is_not_timed(tiny, clip, monkeypatch):
 def test_the_meter_tells_steps_apart():
     """Two steps between two readings are known by their mean only."""
     now = EngineMetrics(n_slots=1)
-    now.steps, now.stage_seconds = 7, {"llm": 1.0}  # of streams before
+    now.steps, now.stage_seconds = 7, {"llm": 1.0, "vad": 0.5}  # of streams before
     now.step_seconds.add(9.0)
     meter = StepMeter(lambda: now.copy())
     for seconds in ([0.25], [], [0.5, 0.25]):
         for spent in seconds:
             now.steps += 1
             now.step_seconds.add(spent)
+            now.add_stages({"llm": 0.5 * spent, "encoder": 0.25 * spent, "vad": 0.125})
         meter.read()
-    now.stage_seconds = {"llm": 1.75, "vad": 0.25}
     assert meter.chunk_seconds == pytest.approx([0.25, 0.375, 0.375])
-    assert meter.stages() == {"llm": 0.75, "vad": 0.25}
+    assert meter.stages() == pytest.approx({"llm": 0.5, "encoder": 0.25, "vad": 0.375})
+    take = Take()
+    meter.fill(take)
+    assert take.stage_chunks.keys() == {"llm", "encoder"}  # the detector hears no chunks
+    assert take.stage_chunks["llm"] == pytest.approx([0.125, 0.1875, 0.1875])
+    assert take.stage_chunks["encoder"] == pytest.approx([0.0625, 0.09375, 0.09375])
 
 
 def take_of(at: float, ended: float) -> Take:
@@ -144,6 +154,7 @@ def take_of(at: float, ended: float) -> Take:
         ],
         chunk_seconds=[0.02, 0.04, 0.06],
         stage_seconds={"llm": 0.1, "encoder": 0.02},
+        stage_chunks={"llm": [0.01, 0.03, 0.06]},
         duration=2.0,
         compute_seconds=0.3,
         late_s=at / 1000,
@@ -167,6 +178,7 @@ def test_figures_by_hand():
     assert got["with_compute"]["end_of_speech_to_final_ms"]["p50"] == 600.0
     assert got["chunk_compute_ms"]["n"] == 6
     assert got["chunk_compute_ms"]["p50"] == 40.0
+    assert (got["stage_ms"]["llm"]["n"], got["stage_ms"]["llm"]["p50"]) == (6, 30.0)
     assert got["stage_ms_per_audio_second"] == {"llm": 50.0, "encoder": 10.0}
     assert got["rtf"] == 0.15
     assert got["latest_packet_ms"] == 1.1

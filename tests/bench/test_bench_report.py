@@ -86,6 +86,7 @@ LATENCY = {
     "algorithmic": DELAYS,
     "with_compute": DELAYS,
     "chunk_compute_ms": percentiles_ms([0.0444]),
+    "stage_ms": {"encoder": percentiles_ms([0.0111, 0.0222])},
     "stage_ms_per_audio_second": {"encoder": 33.3, "llm": 55.5},
     "audio_seconds": 60.0,
     "rtf": 0.0987,
@@ -139,8 +140,9 @@ def test_figures_of_latency_are_on_the_page():
     page = report.render([("live.json", LATENCY)])
     assert rows(page, "emission, heard")[0][1:] == ["2", "356", "400", "406", "410", "411"]
     assert rows(page, "end of speech to final, clock")[0][2] == "633"
-    assert rows(page, "chunk")[0] == ["chunk", "1", "44", "44", "44", "44", "44"]
+    assert rows(page, "chunk |")[0] == ["chunk", "1", "44", "44", "44", "44", "44"]
     assert "encoder 33.3 ms, llm 55.5 ms" in page
+    assert rows(page, "of a chunk: encoder")[0][1:3] == ["2", "17"]
     assert "RTF **0.099**" in page
     assert rows(page, "emission, aligned ends, heard")[0][1:3] == ["1", "377"]
     assert rows(page, "emission, aligned ends, clock")[0][1:3] == ["1", "444"]

@@ -10,6 +10,7 @@ end of its chunk and what it wrote itself, nothing else.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +25,7 @@ APOSTROPHE = "'"
 _SAID = frozenset("abcdefghijklmnopqrstuvwxyz")
 _UNSAID = frozenset(' .,;:?!-–—"…()')
 _JOINS = frozenset(' -–—"(')
+_TRIPLE = re.compile(r"([a-z])\1\1")
 _ALIKE = str.maketrans({"’": APOSTROPHE, "‘": APOSTROPHE})
 
 
@@ -207,7 +209,12 @@ class Joint:
         return ids[best]
 
     def _fits(self, text: str, after: Spelling, following: Next) -> bool:
-        """A new word must be due, and a token without letters must end a word that is over."""
+        """A new word must be due, a token without letters must end a word that is over.
+
+        No English word has a letter three times in a row; the LLM likes to draw words out.
+        """
+        if _TRIPLE.search(self.heard.prefix.word + text):
+            return False
         if " " in text:
             return bool(following.word) and following.word_end <= -self.n_delay
         if text:

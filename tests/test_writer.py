@@ -165,6 +165,13 @@ def test_no_more_than_allowed_and_nothing_that_cannot_be_said(vocabulary):
     assert write_all(Joint(heard, 2, 0), vocabulary, offers) == [" cat"]
 
 
+def test_a_letter_is_not_written_three_times_in_a_row(vocabulary):
+    heard = hearing(vocabulary, frames("sass", gap=1, sure=0.6))
+    written = write_all(Joint(heard, 9, 0), vocabulary, {"s": -0.01})
+    assert "sss" not in "".join(written)
+    assert "ss" in "".join(written)
+
+
 def test_a_weight_below_zero_is_refused():
     with pytest.raises(ConfigError, match="ctc_weight"):
         WriterConfig(ctc_weight=-1.0)

@@ -3,7 +3,8 @@
 A program of the first kernel owns SPLIT keys of one slot and KV head, and packs the R rows of all G
 heads that share them into one tile: keys are read once. Lengths stay on the device and the grid
 covers the whole slot, so that one CUDA graph serves all lengths; a split past the length ends at
-once. SPLIT is a constant: what a row gets does not depend on who else is in the batch.
+once. SPLIT is a constant: what a row gets does not depend on who else is in the batch. R is none:
+prefixes have many lengths, and each would be compiled.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ SPLIT = 256  # keys of a program: 64 KiB of K and V in bf16 at d 64
 @triton.jit
 def decode_attention_split(
     q, k, v, slots, lengths, out, part, lse,
-    scale, d,
+    scale, d, R,
     q_b, q_h, q_r, k_s, k_h, k_n, v_s, v_h, v_n, o_b, o_h, o_r, part_b, part_s, lse_b, lse_s,
-    KV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, IS_WHOLE: tl.constexpr,
-    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, IS_WHOLE: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes `out` when one split is the whole slot, else its mean and log2-sum-exp2."""
@@ -78,8 +79,8 @@ def decode_attention_split(
 @triton.jit
 def decode_attention_merge(
     part, lse, lengths, out,
-    d, part_b, part_s, lse_b, lse_s, o_b, o_h, o_r,
-    KV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
+    d, R, part_b, part_s, lse_b, lse_s, o_b, o_h, o_r,
+    KV: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """sum_s 2^(lse_s - max) mean_s / sum_s 2^(lse_s - max) over the splits that hold keys."""
@@ -140,12 +141,12 @@ class Plan:
         lse = q.new_empty(*scratch, n_packed, dtype=torch.float32)
         bm = tile(n_packed, high=64)
         shared: dict[str, Tensor | int | float] = {
-            **{"lengths": self.lengths, "out": out, "part": part, "lse": lse, "d": d},
+            **{"lengths": self.lengths, "out": out, "part": part, "lse": lse, "d": d, "R": n_rows},
             **{"o_b": out.stride(0), "o_h": out.stride(1), "o_r": out.stride(2)},
             **{"part_b": part.stride(0), "part_s": part.stride(1)},
             **{"lse_b": lse.stride(0), "lse_s": lse.stride(1)},
         }
-        shape = {"KV": n_kv, "G": self.n_groups, "R": n_rows, "SPLIT": self.split}
+        shape = {"KV": n_kv, "G": self.n_groups, "SPLIT": self.split}
         tiles = {"BM": bm, "BD": tile(d)}
         split_args: dict[str, Tensor | int | float] = {
             **{"q": q, "k": k, "v": v, "slots": self.slots, "scale": d**-0.5 * LOG2_E},
@@ -165,7 +166,7 @@ class Plan:
             (n_splits, b * n_kv, n_tiles),
             {**split_args, **shared},
             split_constants,
-            n_warps=warps(bm),
+            n_warps=8 if is_whole else warps(bm),  # four would spill where the kernel writes out
         )
         merge = Launch(decode_attention_merge, (b * n_kv, n_tiles), shared, {**shape, **tiles})
         return ([split] if is_whole else [split, merge]), out

@@ -17,8 +17,8 @@ from sparqle_stream.session import Session, Start, Turn
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sparqle_stream.llm import Writer
     from sparqle_stream.models import SparqleModel
-    from sparqle_stream.writer import Writer
 
 
 class Batch:

@@ -139,6 +139,15 @@ class CtcPrefix:
             last = piece
         return out
 
+    def skip(self) -> None:
+        """What is left of the open word, or the next word, will not be written."""
+        for i, (text, end) in enumerate(self.rest()):
+            if i and text.startswith(" "):
+                break
+            self.done = max(self.done, self.n_frames + end)
+        self.word = self.left = ""
+        self.base = self._lost()
+
     def _find_end(self) -> None:
         """Where the open word's letters end: after a piece, or within a longer one."""
         said = self._said(self.word)

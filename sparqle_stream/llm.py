@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sparqle_stream.config import LlmConfig
-    from sparqle_stream.writer import Writer
 
 N_CANDIDATES = 12  # tokens of each row that its writer may choose from
 
@@ -246,6 +245,27 @@ def reset_rows(state: LlmState, mask: Tensor) -> None:
     state.hidden[mask] = 0.0
 
 
+class Writer(Protocol):
+    """One row's decisions in one chunk."""
+
+    n_most: int  # tokens that may be written
+
+    def goes_on(self, stop: float) -> bool:
+        """Whether another token is wanted; `stop` is the stop head's logit."""
+        ...
+
+    def suggest(self) -> list[int]:
+        """Tokens to be scored besides the LLM's best."""
+        ...
+
+    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int | None:
+        """The token to write: one of ids (K,), best first, with the LLM's log-probabilities.
+
+        None: none of them will do, and the chunk's text ends.
+        """
+        ...
+
+
 @torch.inference_mode()
 def append(llm: Llm, state: LlmState, embeds: Tensor, active: Tensor) -> LlmState:
     """Writes embeds (B, R, E) of the active rows into their slots and keeps the last hidden."""
@@ -283,16 +303,17 @@ def step(
         going = [slot for slot, s in zip(going, stop, strict=True) if _of(writers, slot).goes_on(s)]
         if not going:
             break
-        ids = [
-            _of(writers, slot).pick(*best)
-            for slot, best in zip(
-                going, _best(llm, state.hidden[going], going, writers), strict=True
-            )
-        ]
-        for slot, token in zip(going, ids, strict=True):
+        offers = _best(llm, state.hidden[going], going, writers)
+        picks = [_of(writers, slot).pick(*offer) for slot, offer in zip(going, offers, strict=True)]
+        chosen = {slot: pick for slot, pick in zip(going, picks, strict=True) if pick is not None}
+        if not chosen:
+            break
+        going = list(chosen)
+        for slot, token in chosen.items():
             tokens[slot].append(token)
-        slots, chosen = (torch.tensor(x, device=state.length.device) for x in (going, ids))
-        _append_slots(llm, state, llm.embed(chosen[:, None]), slots)
+        slots = torch.tensor(going, device=state.length.device)
+        ids = torch.tensor(list(chosen.values()), device=state.length.device)
+        _append_slots(llm, state, llm.embed(ids[:, None]), slots)
     return state, tokens
 
 

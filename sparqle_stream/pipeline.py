@@ -23,8 +23,8 @@ from sparqle_stream import encoder, features, llm, qformer
 from sparqle_stream.config import CHUNK_MS_RANGE, DELAY_MS_RANGE, QUERY_MS
 
 if TYPE_CHECKING:
+    from sparqle_stream.llm import Writer
     from sparqle_stream.models import SparqleModel
-    from sparqle_stream.writer import Writer
 
 # CTC log-probs (B, C, V) -> who chooses each row's tokens; None for rows without a chunk.
 Hear = Callable[[Tensor], "Sequence[Writer | None]"]

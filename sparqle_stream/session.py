@@ -30,13 +30,14 @@ from sparqle_stream.ctc_prefix import CtcPrefix, PieceTable
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.metrics import Histogram
 from sparqle_stream.segments import Chunk, SegmentQueue
-from sparqle_stream.writer import Greedy, Heard, Joint, Writer
+from sparqle_stream.writer import Greedy, Heard, Joint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
+    from sparqle_stream.llm import Writer
     from sparqle_stream.models import SparqleModel
 
 Floats = npt.NDArray[np.float32]
@@ -182,6 +183,8 @@ class Session:
         chunk, captions = self._chunk, self._captions
         assert chunk is not None
         is_complete = len(tokens) < self._slot.n_allowed
+        if self._model.cfg.writer.ctc_weight:
+            is_complete = is_complete and self._heard.is_between_words()
         was_looping = captions.is_looping
         self.position = chunk.known_at
         spoken = captions.write(

@@ -4,7 +4,7 @@
 Watanabe et al., 2017): a token's score is log p(LLM) + weight * log prefix score(CTC), and a
 chunk's text ends when the heard path has no more words that are due. So the LLM chooses among what
 was heard, and can hardly skip, repeat or invent. Contract: a writer sees what was heard until the
-end of its chunk and what it wrote itself, nothing else.
+end of its chunk and what it wrote itself, nothing else. What they answer to is `llm.Writer`.
 """
 
 from __future__ import annotations
@@ -35,24 +35,6 @@ class Decodes(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-class Writer(Protocol):
-    """One row's decisions in one chunk."""
-
-    n_most: int  # tokens that may be written
-
-    def goes_on(self, stop: float) -> bool:
-        """Whether another token is wanted; `stop` is the stop head's logit."""
-        ...
-
-    def suggest(self) -> list[int]:
-        """Tokens to be scored besides the LLM's best."""
-        ...
-
-    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int:
-        """The token to write: one of ids (K,), best first, with the LLM's log-probabilities."""
-        ...
-
-
 @dataclass(slots=True)
 class Greedy:
     """At most `n_most` tokens, each the LLM's best, until the stop head says so."""
@@ -68,7 +50,7 @@ class Greedy:
     def suggest(self) -> list[int]:
         return []
 
-    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int:
+    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int | None:
         self.n_written += 1
         return ids[0]
 
@@ -135,6 +117,11 @@ class Heard:
             is_over=is_open and not going and (bool(word) or quiet >= self.cfg.quiet_frames),
         )
 
+    def is_between_words(self) -> bool:
+        """Whether the last written word will have no more letters."""
+        nothing_open = self.spelling.is_broken or not self.prefix.word.strip()
+        return nothing_open or self.what_next().is_over
+
 
 @dataclass(frozen=True, slots=True)
 class Next:
@@ -179,15 +166,16 @@ class Joint:
         found = (heard.tokenizer.encode(text) for text in texts)
         return [ids[0] for ids in found if ids]
 
-    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int:
+    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int | None:
         heard = self.heard
         spelt = [heard.spelling.spell(heard.tokenizer.decode([i])) for i in ids]
         following = heard.what_next()
         known = [i for i, said in enumerate(spelt) if said and self._fits(*said, following)]
-        self.n_written += 1
         if not known:
+            heard.prefix.skip()  # else it would be due for ever
             heard.spelling = Spelling()
-            return ids[0]
+            return None
+        self.n_written += 1
         said = [spelt[i] for i in known]
         texts = list(dict.fromkeys(s[0] for s in said if s is not None))
         scores = heard.prefix.scores(texts)

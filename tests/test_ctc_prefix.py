@@ -96,6 +96,18 @@ def test_words_that_are_over_are_used_up():
     assert scores.prefix.argmax() == 0
 
 
+def test_what_is_skipped_is_not_offered_again():
+    heard = CtcPrefix(TABLE)
+    heard.hear(spell(" a", "b", "", " ab", ""))
+    heard.skip()
+    assert heard.rest() == [(" ab", -1)]
+    heard.write(" ab")
+    assert heard.rest() == []
+    heard.skip()
+    assert heard.rest() == []
+    assert heard.base.max() > 0
+
+
 def test_state_stays_small_whether_or_not_anything_is_written():
     silent, writing = CtcPrefix(TABLE), CtcPrefix(TABLE)
     for i in range(400):

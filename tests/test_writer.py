@@ -71,7 +71,10 @@ def write_all(joint: Joint, vocabulary, offers: dict[str, float], stop: float = 
             if token not in ids:
                 ids.append(token)
                 log_probs.append(-12.0)
-        out.append(vocabulary.decode([joint.pick(ids, log_probs)]))
+        picked = joint.pick(ids, log_probs)
+        if picked is None:
+            break
+        out.append(vocabulary.decode([picked]))
     return out
 
 
@@ -134,7 +137,9 @@ def test_letters_wait_until_they_are_heard(vocabulary):
     heard = hearing(vocabulary, frames("cat", gap=1))
     sure_to_go_on, offers = -40.0, {" dog": -0.1, ".": -1.0, "s": -1.0}
     assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=sure_to_go_on) == [" cat"]
+    assert not heard.is_between_words()
     heard.prefix.hear(frames("a", gap=CFG.quiet_frames)[1:])
+    assert heard.is_between_words()
     assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=40.0) == []
     assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=sure_to_go_on) == ["."]
     assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=sure_to_go_on) == []
@@ -166,10 +171,19 @@ def test_no_more_than_allowed_and_nothing_that_cannot_be_said(vocabulary):
 
 
 def test_a_letter_is_not_written_three_times_in_a_row(vocabulary):
-    heard = hearing(vocabulary, frames("sass", gap=1, sure=0.6))
-    written = write_all(Joint(heard, 9, 0), vocabulary, {"s": -0.01})
-    assert "sss" not in "".join(written)
-    assert "ss" in "".join(written)
+    heard = hearing(vocabulary, frames("sassy"))
+    heard.prefix.write(" sass")
+    heard.spelling = Spelling(is_broken=False)
+    joint = Joint(heard, 9, 0)
+    assert joint.pick(vocabulary.ids("s", "y"), [-0.01, -9.0]) == vocabulary.ids("y")[0]
+
+
+def test_where_nothing_fits_the_text_ends_and_goes_on_later(vocabulary):
+    heard = hearing(vocabulary, frames("cat", "sat"))
+    joint = Joint(heard, 9, 0)
+    assert joint.pick(vocabulary.ids(" 7", "."), [-0.1, -0.2]) is None
+    assert heard.what_next().word == " sat"
+    assert write_all(Joint(heard, 9, 0), vocabulary, {" sat": -1.0}) == [" sat"]
 
 
 def test_a_weight_below_zero_is_refused():

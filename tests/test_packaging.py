@@ -181,7 +181,14 @@ def test_the_pins_are_exact_and_bring_no_cuda():
 def test_the_plain_install_needs_no_extra_and_no_cuda():
     names = [canonicalize_name(r.name) for r in requirements(PROJECT["dependencies"])]
     assert not [name for name in names if NEVER_INSTALLED.match(name)]
-    assert set(PROJECT["optional-dependencies"]) == {"gpu", "train", "peers", "ray", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        "gpu",
+        "train",
+        "peers",
+        "plot",
+        "ray",
+        "dev",
+    }
 
 
 def test_make_alone_explains_itself():

@@ -14,6 +14,7 @@ from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.llm import Llm
 from sparqle_stream.models import load_llm
 from sparqle_stream.quantize import FEW_ROWS, Int8Linear
+from sparqle_stream.writer import Greedy
 
 CFG = LlmConfig(
     width=64, n_layers=3, n_heads=4, n_kv_heads=2, head_width=16, ffn=128, vocab=90, n_slot=48
@@ -120,10 +121,12 @@ def test_int8_decodes_the_same_with_neighbours(n_slots):
     model = quantize.prepare(make_llm(), "int8")
     queries = torch.randn(12, 4, CFG.width, generator=torch.Generator().manual_seed(6)).bfloat16()
     alone = llm_stage.init_state(CFG, 1, dtype=torch.bfloat16)
-    _, expected = llm_stage.step(model, alone, queries[:1], torch.tensor([True]), torch.tensor([4]))
+    _, expected = llm_stage.step(model, alone, queries[:1], torch.tensor([True]), [Greedy(4)])
     state = llm_stage.init_state(CFG, n_slots, dtype=torch.bfloat16)
     everyone = torch.ones(n_slots, dtype=torch.bool)
-    _, tokens = llm_stage.step(model, state, queries[:n_slots], everyone, torch.full((n_slots,), 4))
+    _, tokens = llm_stage.step(
+        model, state, queries[:n_slots], everyone, [Greedy(4) for _ in range(n_slots)]
+    )
     assert tokens[0] == expected[0]
 
 

@@ -96,6 +96,11 @@ class Heard:
     prefix: CtcPrefix
     spelling: Spelling = field(default_factory=Spelling)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the last written word may have more letters, as far as its text tells."""
+        return bool(self.prefix.word.strip()) and not self.spelling.is_broken
+
     def what_next(self) -> Next:
         """What the best path says after the written text."""
         going, word, end = "", "", 0
@@ -108,7 +113,7 @@ class Heard:
             else:
                 going, going_end = going + text, frame
         quiet = self.prefix.n_frames - self.prefix.done
-        is_open = bool(self.prefix.word.strip()) and not self.spelling.is_broken
+        is_open = self.is_open
         return Next(
             going=going if is_open else "",
             going_end=going_end,
@@ -119,8 +124,7 @@ class Heard:
 
     def is_between_words(self) -> bool:
         """Whether the last written word will have no more letters."""
-        nothing_open = self.spelling.is_broken or not self.prefix.word.strip()
-        return nothing_open or self.what_next().is_over
+        return not self.is_open or self.what_next().is_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,33 +171,31 @@ class Joint:
         return [ids[0] for ids in found if ids]
 
     def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int | None:
-        heard = self.heard
-        spelt = [heard.spelling.spell(heard.tokenizer.decode([i])) for i in ids]
-        following = heard.what_next()
-        known = [i for i, said in enumerate(spelt) if said and self._fits(*said, following)]
+        heard, following = self.heard, self.heard.what_next()
+        known: dict[int, tuple[str, Spelling]] = {}  # index in ids -> letters, spelling after them
+        for i, token in enumerate(ids):
+            said = heard.spelling.spell(heard.tokenizer.decode([token]))
+            if said and self._fits(*said, following):
+                known[i] = said
         if not known:
             heard.prefix.skip()  # else it would be due for ever
             heard.spelling = Spelling()
             return None
         self.n_written += 1
-        said = [spelt[i] for i in known]
-        texts = list(dict.fromkeys(s[0] for s in said if s is not None))
+        texts = list(dict.fromkeys(text for text, _ in known.values()))
         scores = heard.prefix.scores(texts)
         evidence = {
-            text: float(ended if not text else begins)
+            text: float(begins if text else ended)
             for text, begins, ended in zip(texts, scores.prefix, scores.ended, strict=True)
         }
-        weight = heard.cfg.ctc_weight
-        best, best_score = known[0], -math.inf
-        for i, one in zip(known, said, strict=True):
-            assert one is not None
-            score = log_probs[i] + weight * math.log(max(evidence[one[0]], TINY))
-            if score > best_score:
-                best, best_score = i, score
-        chosen = spelt[best]
-        assert chosen is not None
-        heard.prefix.write(chosen[0])
-        heard.spelling = chosen[1]
+
+        def score(i: int) -> float:
+            heard_as = max(evidence[known[i][0]], TINY)
+            return log_probs[i] + heard.cfg.ctc_weight * math.log(heard_as)
+
+        best = max(known, key=score)
+        text, heard.spelling = known[best]
+        heard.prefix.write(text)
         return ids[best]
 
     def _fits(self, text: str, after: Spelling, following: Next) -> bool:

@@ -169,6 +169,13 @@ class Connection:
         """The client says that nothing more comes."""
         self.phase = advance(self.phase, Signal.ENDED)
 
+    async def finish(self) -> None:
+        """Nothing more comes: what has come is captioned to its last word."""
+        self.end_audio()
+        await self.take_rest(waits=True)
+        if self.stream is not None:
+            self.stream.finish()
+
     def close_for(self, error_code: str, message: str) -> None:
         """The close after an error event."""
         self.close(close_code(error_code), message, error_code)

@@ -103,10 +103,7 @@ class ListenDialect:
             self._send("ConfigureFailure", code="NOT_SUPPORTED", description=why)
 
     async def _end(self) -> None:
-        self._link.end_audio()
-        await self._link.take_rest(waits=True)
-        if self._link.stream is not None:
-            self._link.stream.finish()
+        await self._link.finish()
 
     # --- from the engine -------------------------------------------------------------------------
 

@@ -93,10 +93,7 @@ class WhisperLiveDialect:
         if self._link.phase is not Phase.OPEN:
             return  # the stock client may send what its microphone still had
         if data == END:
-            self._link.end_audio()
-            await self._link.take_rest(waits=True)
-            if self._link.stream is not None:
-                self._link.stream.finish()
+            await self._link.finish()
             return
         await self._link.take(data, waits=True)
 

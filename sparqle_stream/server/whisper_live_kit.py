@@ -63,10 +63,7 @@ class AsrDialect:
         if data:
             await self._link.take(data, waits=True)
             return
-        self._link.end_audio()
-        await self._link.take_rest(waits=True)
-        if self._link.stream is not None:
-            self._link.stream.finish()
+        await self._link.finish()
 
     # --- from the engine -------------------------------------------------------------------------
 

@@ -183,22 +183,44 @@ class StreamOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class WriterConfig:
-    """How tokens are chosen and a chunk's text ends: by the LLM, or by LLM and CTC together.
+class BeamConfig:
+    """The search for words in what CTC hears; scores are natural logarithms.
 
     Chosen on development sets for the weights that they are stored with.
     """
 
-    ctc_weight: float = 0.0  # of log CTC prefix scores beside the LLM's log-probability; 0: no CTC
-    stop_threshold: float = 0.5  # probability above which the stop head ends a chunk's text
-    # With CTC the heard path says when words are due; the stop head may only ask for punctuation.
-    mark_odds: float = 1.0  # log-odds against stopping that it takes
+    lm_weight: float = 0.6  # of word n-grams
+    word_bonus: float = 1.5  # for each word, against the n-grams' liking for few
+    spell_cost: float = 6.0  # of a word that is in no lexicon
+    letter_cost: float = 0.8  # of each of its letters
+    size: int = 64  # hypotheses
+    width: float = 14.0  # worse ones than the best by more are dropped
+    piece_floor: float = -9.0  # pieces below are not gone on with
+    spell_floor: float = -2.5  # nor those below, in words of no lexicon
+    n_spelled: int = 12  # hypotheses that may go on with such words
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.n_spelled < 0 or not self.width > 0:
+            raise ConfigError("a beam needs a size and a width above 0", hint="see BeamConfig")
+
+
+@dataclass(frozen=True, slots=True)
+class WriterConfig:
+    """How words are chosen and a chunk's text ends: by the LLM, or by LLM and CTC together.
+
+    With a lexicon in the model folder the word beam says which words are due, and the stop head may
+    only ask for punctuation. Chosen on development sets for the weights that they are stored with.
+    """
+
+    llm_weight: float = 0.3  # of the LLM's log-probability beside what was heard
+    stop_threshold: float = 0.5  # without a lexicon: probability above which a chunk's text ends
+    mark_odds: float = 3.0  # log-odds against stopping that punctuation takes
     quiet_frames: int = 12  # of CTC (40 ms) without a piece, after which a word is over
 
     def __post_init__(self) -> None:
-        if not (self.ctc_weight >= 0 and 0 < self.stop_threshold < 1):
+        if not (self.llm_weight >= 0 and 0 < self.stop_threshold < 1):
             raise ConfigError(
-                "ctc_weight must be 0 or more and stop_threshold between 0 and 1",
+                "llm_weight must be 0 or more and stop_threshold between 0 and 1",
                 hint="see WriterConfig",
             )
 
@@ -214,6 +236,7 @@ class ModelConfig:
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
+    beam: BeamConfig = field(default_factory=BeamConfig)
     writer: WriterConfig = field(default_factory=WriterConfig)
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from sparqle_stream.config import LlmConfig
 
-N_CANDIDATES = 12  # tokens of each row that its writer may choose from
-
 
 @lru_cache(maxsize=8)
 def rope_table(
@@ -258,10 +256,10 @@ class Writer(Protocol):
         """Tokens to be scored besides the LLM's best."""
         ...
 
-    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int | None:
-        """The token to write: one of ids (K,), best first, with the LLM's log-probabilities.
+    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> list[int]:
+        """The tokens to write, ids (K,) being the LLM's best and what was suggested, scored.
 
-        None: none of them will do, and the chunk's text ends.
+        More than one: those that the first leads to. None: the chunk's text ends.
         """
         ...
 
@@ -305,15 +303,11 @@ def step(
             break
         offers = _best(llm, state.hidden[going], going, writers)
         picks = [_of(writers, slot).pick(*offer) for slot, offer in zip(going, offers, strict=True)]
-        chosen = {slot: pick for slot, pick in zip(going, picks, strict=True) if pick is not None}
-        if not chosen:
-            break
+        chosen = {slot: pick for slot, pick in zip(going, picks, strict=True) if pick}
+        for slot, pick in chosen.items():
+            tokens[slot] += pick
+        _append_tokens(llm, state, chosen)
         going = list(chosen)
-        for slot, token in chosen.items():
-            tokens[slot].append(token)
-        slots = torch.tensor(going, device=state.length.device)
-        ids = torch.tensor(list(chosen.values()), device=state.length.device)
-        _append_slots(llm, state, llm.embed(ids[:, None]), slots)
     return state, tokens
 
 
@@ -326,15 +320,22 @@ def _of(writers: Sequence[Writer | None], slot: int) -> Writer:
 def _best(
     llm: Llm, hidden: Tensor, slots: list[int], writers: Sequence[Writer | None]
 ) -> list[tuple[list[int], list[float]]]:
-    """The likeliest tokens of each row, and those that its writer suggests: ids, log-probs."""
+    """Each row's likeliest token and what its writer suggests: ids and log-probabilities."""
     log_probs = llm.logits(hidden).float().log_softmax(dim=-1)  # (b, V)
-    values, ids = log_probs.topk(min(N_CANDIDATES, log_probs.shape[1]), dim=-1)
-    out = list(zip(ids.tolist(), values.tolist(), strict=True))
-    for (known, scores), slot, row in zip(out, slots, log_probs, strict=True):
-        more = [i for i in dict.fromkeys(_of(writers, slot).suggest()) if i not in known]
-        known += more
-        scores += row[more].tolist()
+    out = []
+    for slot, row in zip(slots, log_probs, strict=True):
+        ids = list(dict.fromkeys([int(row.argmax()), *_of(writers, slot).suggest()]))
+        out.append((ids, row[ids].tolist()))
     return out
+
+
+def _append_tokens(llm: Llm, state: LlmState, tokens: dict[int, list[int]]) -> None:
+    """Writes each slot's tokens into it; slots with equally many go together."""
+    device = state.length.device
+    for n in sorted({len(ids) for ids in tokens.values()}):
+        same = {slot: ids for slot, ids in tokens.items() if len(ids) == n}
+        embeds = llm.embed(torch.tensor(list(same.values()), device=device))
+        _append_slots(llm, state, embeds, torch.tensor(list(same), device=device))
 
 
 def _append_slots(llm: Llm, state: LlmState, embeds: Tensor, slots: Tensor) -> None:

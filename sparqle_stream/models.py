@@ -1,7 +1,8 @@
 """Models: names and folders -> a `SparqleModel` ready to run.
 
 A model folder holds config.json, encoder.safetensors, bridge.safetensors (CTC head, Q-Former, stop
-head, LoRA) and pieces.json; its LLM is an argument. Contract: what does not fit is a ModelError
+head, LoRA), pieces.json and, if words are to be searched for in what CTC hears, words.safetensors;
+its LLM is an argument. Contract: what does not fit is a ModelError
 that says which file and which tensor.
 """
 
@@ -18,6 +19,7 @@ from sparqle_stream.config import ModelConfig
 from sparqle_stream.ctc import CtcHead, CtcPieces
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.errors import ModelError, SparqleError
+from sparqle_stream.lexicon import Lexicon
 from sparqle_stream.llm import Llm
 from sparqle_stream.qformer import QFormer
 
@@ -51,6 +53,7 @@ class SparqleModel:
     encoder: Encoder
     ctc: CtcHead
     pieces: CtcPieces
+    lexicon: Lexicon | None  # None: the LLM alone decides what is written
     qformer: QFormer
     llm: Llm
     tokenizer: Tokenizer
@@ -132,11 +135,13 @@ def _read(folder: Path, source: str | Path) -> SparqleModel:
             hint="leave --llm out, or train a bridge for this LLM",
         )
     weights.merge_lora(files.state, weights.part(bridge, "lora"), float(beside["lora_scale"]))
+    pieces, words = CtcPieces.load(folder / "pieces.json"), folder / "words.safetensors"
     model = SparqleModel(
         cfg=replace(cfg, llm=replace(files.cfg, n_slot=cfg.llm.n_slot)),
         encoder=Encoder(cfg.encoder),
         ctc=CtcHead(cfg.ctc),
-        pieces=CtcPieces.load(folder / "pieces.json"),
+        pieces=pieces,
+        lexicon=Lexicon.load(words, pieces) if words.is_file() else None,
         qformer=QFormer(cfg.qformer),
         llm=_build(files, n_slot=cfg.llm.n_slot),
         tokenizer=files.tokenizer,

@@ -26,11 +26,11 @@ from sparqle_stream.config import (
     SAMPLE_RATE_HZ,
     StreamOptions,
 )
-from sparqle_stream.ctc_prefix import CtcPrefix, PieceTable
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.metrics import Histogram
 from sparqle_stream.segments import Chunk, SegmentQueue
-from sparqle_stream.writer import Greedy, Heard, Joint
+from sparqle_stream.word_beam import WordBeam
+from sparqle_stream.writer import Greedy, Hearing, Joint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,8 +90,7 @@ class Session:
         self._detector = vad.load_detector(options.vad)
         self._vad = vad.init_state(self._detector)
         self._queue = SegmentQueue(options.chunk_samples, FLUSH_SAMPLES + delay_samples)
-        self._pieces = PieceTable.of(model.pieces)
-        self._heard = self._nothing_heard()
+        self._hearing = self._nothing_heard()
         self._captions = Captions(self._cfg, model.tokenizer, model.pieces, delay_samples)
         self._chunk: Chunk | None = None  # being run
         self._slot = _Slot()
@@ -145,7 +144,7 @@ class Session:
         self._chunk = chunk = self._queue.next_chunk()
         if chunk.is_first:
             self._captions.begin(chunk.origin)
-            self._heard = self._nothing_heard()
+            self._hearing = self._nothing_heard()
             return self._begin(Start.SEGMENT, n_again=0)
         if self._slot.wants_seam:
             # After a loop there is nothing to go on from: it was neither heard nor worth repeating.
@@ -168,23 +167,27 @@ class Session:
         """log_probs (C, V) of the chunk -> who chooses its tokens."""
         self._captions.hear(log_probs.argmax(dim=-1).tolist())
         self._slot.n_allowed = n_most = self._captions.allowance(self.options.chunk_samples)
-        cfg = self._model.cfg.writer
-        if cfg.ctc_weight == 0:
-            return Greedy(n_most, cfg.stop_threshold)
-        self._heard.prefix.hear(log_probs)
-        return Joint(self._heard, n_most, self.options.delay_ms // CTC_MS)
+        if self._hearing is None:
+            return Greedy(n_most, self._model.cfg.writer.stop_threshold)
+        assert self._chunk is not None
+        self._hearing.beam.hear(log_probs.cpu().numpy())
+        is_last = self._chunk.segment_end is not None
+        return Joint(self._hearing, n_most, self.options.delay_ms // CTC_MS, is_last)
 
-    def _nothing_heard(self) -> Heard:
+    def _nothing_heard(self) -> Hearing | None:
+        """None: without a lexicon the LLM alone decides."""
         model = self._model
-        return Heard(model.cfg.writer, model.tokenizer, CtcPrefix(self._pieces))
+        if model.lexicon is None:
+            return None
+        beam = WordBeam(model.lexicon, model.cfg.beam)
+        return Hearing(model.cfg.writer, model.tokenizer, beam)
 
     def take(self, tokens: list[int]) -> Iterator[messages.Event]:
         """The chunk's tokens -> its events."""
         chunk, captions = self._chunk, self._captions
         assert chunk is not None
-        is_complete = len(tokens) < self._slot.n_allowed
-        if self._model.cfg.writer.ctc_weight:
-            is_complete = is_complete and self._heard.is_between_words()
+        # A word that LLM and CTC agree on is written to its end.
+        is_complete = self._hearing is not None or len(tokens) < self._slot.n_allowed
         was_looping = captions.is_looping
         self.position = chunk.known_at
         spoken = captions.write(
@@ -196,8 +199,9 @@ class Session:
         if chunk.segment_end is not None:
             yield from self._stop(chunk, chunk.segment_end)
             return
-        if captions.tail != self._last_tail:
-            self._last_tail = captions.tail
+        tail = self._hearing.beam.tail if self._hearing else captions.tail
+        if tail != self._last_tail:
+            self._last_tail = tail
             yield messages.Tail(self._last_tail, chunk.known_at / SAMPLE_RATE_HZ)
         yield from self._warn(chunk)
         self._plan(chunk, len(tokens))

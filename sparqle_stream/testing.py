@@ -141,6 +141,7 @@ def tiny_model(seed: int = 0, n_layers: int = 2) -> SparqleModel:
         encoder=encoder,
         ctc=ctc,
         pieces=tiny_pieces(),
+        lexicon=None,
         qformer=qformer,
         llm=llm,
         tokenizer=ByteTokenizer(),

@@ -1,32 +1,30 @@
-"""Writers: what decides, for one row and one chunk, which tokens the LLM writes and when it stops.
+"""Writers: what decides, for one row and one chunk, what the LLM writes and when it stops.
 
-`Greedy` takes the LLM's word for both. `Joint` asks CTC too (joint CTC / attention decoding,
-Watanabe et al., 2017): a token's score is log p(LLM) + weight * log prefix score(CTC), and a
-chunk's text ends when the heard path has no more words that are due. So the LLM chooses among what
-was heard, and can hardly skip, repeat or invent. Contract: a writer sees what was heard until the
-end of its chunk and what it wrote itself, nothing else. What they answer to is `llm.Writer`.
+`Greedy` takes the LLM's word for both. `Joint` lets the word beam say which words are due and how
+well each was heard, and the LLM how well each goes on with what it has read and written (joint
+CTC / attention decoding, Watanabe et al., 2017, word by word):
+
+    score = log p(heard; words) + llm_weight * log p(LLM)
+
+So the LLM chooses among what was heard, and can hardly skip, repeat or invent; case and punctuation
+are its own. Contract: a writer sees what was heard until the end of its chunk and what it wrote
+itself, nothing else; what it wrote is committed. What writers answer to is `llm.Writer`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
-
-from sparqle_stream.ctc_prefix import TINY, CtcPrefix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sparqle_stream.config import WriterConfig
+    from sparqle_stream.word_beam import Candidate, WordBeam
 
-APOSTROPHE = "'"
-_SAID = frozenset("abcdefghijklmnopqrstuvwxyz")
-_UNSAID = frozenset(' .,;:?!-–—"…()')
-_JOINS = frozenset(' -–—"(')
-_TRIPLE = re.compile(r"([a-z])\1\1")
-_ALIKE = str.maketrans({"’": APOSTROPHE, "‘": APOSTROPHE})
+MARKS = (".", ",", "?", "!")
+MOST_CANDIDATES = 8
 
 
 class Decodes(Protocol):
@@ -50,163 +48,106 @@ class Greedy:
     def suggest(self) -> list[int]:
         return []
 
-    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int | None:
+    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> list[int]:
         self.n_written += 1
-        return ids[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Spelling:
-    """Where written text stands, in the letters that CTC knows."""
-
-    is_broken: bool = True  # the next letter begins a word
-    is_held: bool = False  # an apostrophe waits for a letter
-    is_joined: bool = False  # the next word needs no space before it
-
-    def spell(self, text: str) -> tuple[str, Spelling] | None:
-        """More text -> its letters, with a space before each new word.
-
-        None: it cannot be said, or a word begins without a space.
-
-        >>> Spelling().spell(" O'Neil, no!")[0]
-        " o'neil no"
-        """
-        out, is_broken, is_held, is_joined = "", self.is_broken, self.is_held, self.is_joined
-        for char in text.translate(_ALIKE).lower():
-            if char in _SAID:
-                if is_broken and not is_joined:
-                    return None
-                out += " " * is_broken + APOSTROPHE * (is_held and not is_broken) + char
-                is_broken = is_held = is_joined = False
-            elif char == APOSTROPHE:
-                is_held = not is_broken
-            elif char in _UNSAID:
-                is_broken, is_held, is_joined = True, False, char in _JOINS
-            else:
-                return None
-        return out, Spelling(is_broken, is_held, is_joined)
+        return [ids[0]]
 
 
 @dataclass(slots=True)
-class Heard:
-    """A segment's CTC evidence and how far it has been written: what `Joint` keeps per stream."""
+class Hearing:
+    """A segment's word beam and where its text stands: what `Joint` keeps per stream."""
 
     cfg: WriterConfig
     tokenizer: Decodes
-    prefix: CtcPrefix
-    spelling: Spelling = field(default_factory=Spelling)
+    beam: WordBeam
+    may_mark: bool = False  # the text ends in a word that punctuation may follow
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the last written word may have more letters, as far as its text tells."""
-        return bool(self.prefix.word.strip()) and not self.spelling.is_broken
+    def due(self, n_delay: int, *, is_last: bool) -> list[Candidate]:
+        """What the next word may be, best first; nothing while none is over and old enough."""
+        found, _, nothing = self.beam.candidates()
+        if not found or nothing > found[0].score:
+            return []
+        best = found[0]
+        age = self.beam.n_frames - best.word.end
+        is_over = best.is_closed or age >= self.cfg.quiet_frames
+        if not is_last and (age < n_delay or not is_over):
+            return []
+        return found[:MOST_CANDIDATES]
 
-    def what_next(self) -> Next:
-        """What the best path says after the written text."""
-        going, word, end = "", "", 0
-        going_end = 0
-        for text, frame in self.prefix.rest():
-            if text.startswith(" ") and word:
-                break
-            if text.startswith(" ") or word:
-                word, end = word + text, frame
-            else:
-                going, going_end = going + text, frame
-        quiet = self.prefix.n_frames - self.prefix.done
-        is_open = self.is_open
-        return Next(
-            going=going if is_open else "",
-            going_end=going_end,
-            word=word,
-            word_end=end,
-            is_over=is_open and not going and (bool(word) or quiet >= self.cfg.quiet_frames),
-        )
+    def forms(self, word: str) -> list[list[int]]:
+        """Tokens of a word as it is and with a capital."""
+        capital = word[:1].upper() + word[1:]
+        return [self.tokenizer.encode(f" {text}") for text in dict.fromkeys((word, capital))]
 
-    def is_between_words(self) -> bool:
-        """Whether the last written word will have no more letters."""
-        return not self.is_open or self.what_next().is_over
-
-
-@dataclass(frozen=True, slots=True)
-class Next:
-    """The best path after the written text; frames count from the end of what was heard, <= 0."""
-
-    going: str  # letters that go on with the open word
-    going_end: int  # frame after them
-    word: str  # the next word, with its space
-    word_end: int
-    is_over: bool  # the open word: another follows, or silence does
-
-    def is_due(self, n_delay: int) -> bool:
-        """Whether letters or a word ended `n_delay` frames ago or earlier."""
-        goes_on = bool(self.going) and self.going_end <= -n_delay
-        return goes_on or (bool(self.word) and self.word_end <= -n_delay)
+    def rest_score(self, word: str, first: int) -> float:
+        """log p(the rest of a word | its first token), from how often words begin like this."""
+        begun = self.tokenizer.decode([first]).strip().lower()
+        return 0.0 if len(begun) >= len(word) else self.beam.lexicon.share(word, begun)
 
 
 @dataclass(slots=True)
 class Joint:
-    """At most `n_most` tokens that LLM and CTC agree on, as far as words are due."""
+    """At most `n_most` tokens of words that LLM and CTC agree on, as far as words are due."""
 
-    heard: Heard
+    hearing: Hearing
     n_most: int
     n_delay: int  # CTC frames before the chunk's end after which no word is due
+    is_last: bool = False  # the segment ends with this chunk: everything is due
     n_written: int = 0
+    _due: list[Candidate] = field(default_factory=list)
 
     def goes_on(self, stop: float) -> bool:
         if self.n_written >= self.n_most:
             return False
-        following = self.heard.what_next()
-        if following.is_due(self.n_delay):
+        hearing = self.hearing
+        self._due = hearing.due(self.n_delay, is_last=self.is_last)
+        if self._due:
             return True
         # Punctuation alone is left: the stop head knows where it belongs.
-        return following.is_over and stop <= -self.heard.cfg.mark_odds
+        is_quiet = self.is_last or not hearing.beam.is_open
+        return is_quiet and hearing.may_mark and stop <= -hearing.cfg.mark_odds
 
     def suggest(self) -> list[int]:
-        """The first token of what the best path says next, as a word may go on or begin."""
-        heard, following = self.heard, self.heard.what_next()
-        texts = [following.going] if following.going else []
-        if following.word:
-            texts += [following.word, " " + following.word[1:].capitalize()]
-        found = (heard.tokenizer.encode(text) for text in texts)
-        return [ids[0] for ids in found if ids]
+        """First tokens of all that could be written next."""
+        hearing = self.hearing
+        forms = [form for c in self._due for form in hearing.forms(c.word.text)]
+        marks = [hearing.tokenizer.encode(mark) for mark in MARKS] if hearing.may_mark else []
+        return [ids[0] for ids in (*forms, *marks) if ids]
 
-    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> int | None:
-        heard, following = self.heard, self.heard.what_next()
-        known: dict[int, tuple[str, Spelling]] = {}  # index in ids -> letters, spelling after them
-        for i, token in enumerate(ids):
-            said = heard.spelling.spell(heard.tokenizer.decode([token]))
-            if said and self._fits(*said, following):
-                known[i] = said
-        if not known:
-            heard.prefix.skip()  # else it would be due for ever
-            heard.spelling = Spelling()
+    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> list[int]:
+        hearing, of = self.hearing, dict(zip(ids, log_probs, strict=True))
+        mark = self._best_mark(of)
+        if not self._due:
+            return self._write_mark(mark)
+        score, word, form = max(
+            (
+                (c.score + hearing.cfg.llm_weight * self._llm_score(c.word.text, form, of), c, form)
+                for c in self._due
+                for form in hearing.forms(c.word.text)
+                if form
+            ),
+            key=lambda found: found[0],
+        )
+        del score
+        if mark is not None and of[mark] > of[form[0]]:
+            return self._write_mark(mark)
+        if self.n_written and self.n_written + len(form) > self.n_most:
+            return []  # the next chunk may write it
+        hearing.beam.commit(word.word.text)
+        hearing.may_mark = True
+        self.n_written += len(form)
+        return form
+
+    def _llm_score(self, word: str, form: list[int], of: dict[int, float]) -> float:
+        return of[form[0]] + self.hearing.rest_score(word, form[0])
+
+    def _best_mark(self, of: dict[int, float]) -> int | None:
+        if not self.hearing.may_mark:
             return None
-        self.n_written += 1
-        texts = list(dict.fromkeys(text for text, _ in known.values()))
-        scores = heard.prefix.scores(texts)
-        evidence = {
-            text: float(begins if text else ended)
-            for text, begins, ended in zip(texts, scores.prefix, scores.ended, strict=True)
-        }
+        marks = [ids[0] for ids in map(self.hearing.tokenizer.encode, MARKS) if ids]
+        return max(marks, key=of.__getitem__, default=None)
 
-        def score(i: int) -> float:
-            heard_as = max(evidence[known[i][0]], TINY)
-            return log_probs[i] + heard.cfg.ctc_weight * math.log(heard_as)
-
-        best = max(known, key=score)
-        text, heard.spelling = known[best]
-        heard.prefix.write(text)
-        return ids[best]
-
-    def _fits(self, text: str, after: Spelling, following: Next) -> bool:
-        """A new word must be due, a token without letters must end a word that is over.
-
-        No English word has a letter three times in a row; the LLM likes to draw words out.
-        """
-        if _TRIPLE.search(self.heard.prefix.word + text):
-            return False
-        if " " in text:
-            return bool(following.word) and following.word_end <= -self.n_delay
-        if text:
-            return True
-        return following.is_over and after != self.heard.spelling
+    def _write_mark(self, mark: int | None) -> list[int]:
+        self.hearing.may_mark = False
+        self.n_written += mark is not None
+        return [] if mark is None else [mark]

@@ -180,7 +180,7 @@ def test_threshold_decides_when_to_stop(llm):
 
 
 def test_a_writer_chooses_among_the_best_and_what_it_suggests(llm):
-    """Ids best first with their log-probabilities; a suggestion is appended once, with its own."""
+    """The best id and each suggestion once, scored; what the writer picks is written whole."""
     offered = []
 
     class Picky(Greedy):
@@ -190,12 +190,13 @@ def test_a_writer_chooses_among_the_best_and_what_it_suggests(llm):
         def pick(self, ids, log_probs):
             offered.append((list(ids), list(log_probs)))
             self.n_written += 1
-            return 9
+            return [9, 3]
 
     state = llm_stage.prefill(llm, llm_stage.init_state(CFG, 1), [[1, 5, 7]])
     queries, active = queries_of(0, 1)[0], torch.tensor([True])
     state, tokens = llm_stage.step(llm, state, queries, active, [Picky(1, 1.0 - 1e-9)])
-    assert tokens == [[9]]
+    assert tokens == [[9, 3]]
+    assert int(state.length[0]) == 3 + queries.shape[1] + 2
     ids, log_probs = offered[0]
     hidden = llm.forward_train(torch.cat([llm.embed(torch.tensor([[1, 5, 7]])), queries], dim=1))
     expected = llm.logits(hidden[0, -1]).log_softmax(-1)

@@ -6,24 +6,27 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from sparqle_stream import messages, testing
-from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig, WriterConfig
-from sparqle_stream.ctc_prefix import CtcPrefix, PieceTable
+from sparqle_stream.config import BeamConfig, EngineConfig, StreamOptions, VadConfig, WriterConfig
 from sparqle_stream.engine import Engine
 from sparqle_stream.errors import ConfigError
-from sparqle_stream.writer import Heard, Joint, Spelling
+from sparqle_stream.word_beam import WordBeam
+from sparqle_stream.writer import Greedy, Hearing, Joint
+from tests.lexicons import lexicon_of
 
-CFG = WriterConfig(ctc_weight=1.0)
+CFG = WriterConfig(llm_weight=1.0)
 OFF = StreamOptions(vad=VadConfig(kind="off"))
+TEXTS = [[a, b] for a in ("cat", "car", "sat", "a") for b in ("cat", "car", "sat", "a")]
 
 
 class Vocabulary:
     """Tokens of a fixed list; other text is spelled in letters, which come first."""
 
-    words = (" cat", " dog", " sat", " c", "at", ".", ",", " 7", "\n", "s")
+    words = (" cat", " Cat", " car", " sat", " s", "at", ".", ",", "?", "!")
 
     def __init__(self) -> None:
         self.tokens = [*testing.LETTERS, " ", *self.words]
@@ -36,159 +39,113 @@ class Vocabulary:
     def decode(self, ids: list[int]) -> str:
         return "".join(self.tokens[i] for i in ids)
 
-    def ids(self, *texts: str) -> list[int]:
-        return [self.tokens.index(text) for text in texts]
-
 
 @pytest.fixture
 def vocabulary():
     return Vocabulary()
 
 
-def frames(*words: str, gap: int = 4, sure: float = 0.9) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def lexicon():
+    return lexicon_of(TEXTS)
+
+
+def frames(lexicon, *words: str, gap: int = 4, sure: float = 0.9) -> np.ndarray:
     """Log-probabilities (T, V) of words, a letter a frame; what is left goes to all pieces."""
-    pieces = PieceTable.of(testing.tiny_pieces()).texts
     letters = [x for word in words for x in [" " + word[0], *word[1:], *[""] * gap]]
-    probs = torch.full((len(letters), len(pieces)), (1 - sure) / (len(pieces) - 1))
+    probs = np.full((len(letters), len(lexicon.pieces)), (1 - sure) / (len(lexicon.pieces) - 1))
     for t, letter in enumerate(letters):
-        probs[t, pieces.index(letter)] = sure
-    return probs.log()
+        probs[t, lexicon.pieces.index(letter)] = sure
+    return np.log(probs).astype(np.float32)
 
 
-def hearing(vocabulary, log_probs, cfg=CFG) -> Heard:
-    prefix = CtcPrefix(PieceTable.of(testing.tiny_pieces()))
-    prefix.hear(log_probs)
-    return Heard(cfg, vocabulary, prefix)
+def hearing(vocabulary, lexicon, log_probs) -> Hearing:
+    beam = WordBeam(lexicon, BeamConfig())
+    beam.hear(log_probs)
+    return Hearing(CFG, vocabulary, beam)
 
 
-def write_all(joint: Joint, vocabulary, offers: dict[str, float], stop: float = 0.0) -> list[str]:
-    """What a writer writes when the LLM always offers the same tokens at the same odds."""
+def write_all(joint: Joint, vocabulary, odds: dict[str, float], stop: float = 40.0) -> list[str]:
+    """What a writer writes when the LLM always has the same odds; -6 for what has none."""
     out = []
     while joint.goes_on(stop):
-        ids = vocabulary.ids(*offers)
-        log_probs = list(offers.values())
-        for token in joint.suggest():
-            if token not in ids:
-                ids.append(token)
-                log_probs.append(-12.0)
-        picked = joint.pick(ids, log_probs)
-        if picked is None:
+        ids = joint.suggest()
+        picked = joint.pick(ids, [odds.get(vocabulary.decode([i]), -6.0) for i in ids])
+        if not picked:
             break
-        out.append(vocabulary.decode([picked]))
+        out.append(vocabulary.decode(picked))
     return out
 
 
-@pytest.mark.parametrize(
-    ("texts", "letters"),
-    [
-        ([" O'Neil", "'s", " dog", "s'", " x"], [" o'neil", "'s", " dog", "s", " x"]),
-        ([" Well", "-", "known", " -- so"], [" well", "", " known", " so"]),
-        ([" yes", ".", "No"], [" yes", "", None]),
-        (["No"], [None]),
-        ([" “"], [None]),
-        ([" '", "tis"], ["", " tis"]),
-        ([" 7"], [None]),
-        (["\n"], [None]),
-    ],
-)
-def test_spelling(texts, letters):
-    at = Spelling()
-    for text, expected in zip(texts, letters, strict=False):
-        said = at.spell(text)
-        if expected is None:
-            assert said is None
-            return
-        assert said is not None
-        assert said[0] == expected
-        at = said[1]
+def test_what_was_heard_outweighs_what_the_llm_expects(vocabulary, lexicon):
+    heard = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat", gap=12, sure=0.999))
+    assert write_all(Joint(heard, 9, 0), vocabulary, {" car": -0.1, ".": -9.0}) == [" cat", " sat"]
 
 
-def test_what_was_heard_outweighs_what_the_llm_expects(vocabulary):
-    joint = Joint(hearing(vocabulary, frames("cat", "sat")), n_most=9, n_delay=0)
-    offers = {" dog": -0.1, " sat": -3.0, " cat": -5.0, ".": -6.0}
-    assert write_all(joint, vocabulary, offers) == [" cat", " sat"]
+def test_the_llm_decides_where_hearing_is_unsure(vocabulary, lexicon):
+    unsure = frames(lexicon, "cat", gap=14)
+    unsure[2] = np.logaddexp(unsure[2], frames(lexicon, "car")[2]) - np.log(2)
+    for best, other in ((" cat", " car"), (" car", " cat")):
+        heard = hearing(vocabulary, lexicon, unsure)
+        assert write_all(Joint(heard, 9, 0), vocabulary, {best: -0.5, other: -3.0}) == [best]
 
 
-def test_the_llm_decides_where_hearing_is_unsure(vocabulary):
-    unsure = frames("cat").exp()
-    unsure[0], unsure[1], unsure[2] = ((unsure[i] + frames("dog").exp()[i]) / 2 for i in range(3))
-    for best, other in ((" cat", " dog"), (" dog", " cat")):
-        joint = Joint(hearing(vocabulary, unsure.log()), n_most=9, n_delay=0)
-        assert write_all(joint, vocabulary, {best: -0.5, other: -2.0}) == [best]
+def test_case_is_the_llms(vocabulary, lexicon):
+    heard = hearing(vocabulary, lexicon, frames(lexicon, "cat", gap=14))
+    assert write_all(Joint(heard, 9, 0), vocabulary, {" Cat": -0.5, " cat": -1.0}) == [" Cat"]
 
 
-def test_a_word_waits_for_its_delay(vocabulary):
-    """Heard words end at frames 3, 10; at frame 14 with a delay of 5 only the first is due."""
-    heard = hearing(vocabulary, frames("cat", "sat"))
-    offers = {" cat": -1.0, " sat": -1.0}
-    assert write_all(Joint(heard, 9, n_delay=5), vocabulary, offers) == [" cat"]
-    assert write_all(Joint(heard, 9, n_delay=5), vocabulary, offers) == []
-    heard.prefix.hear(frames("dog")[3:])  # a second of blanks
-    assert write_all(Joint(heard, 9, n_delay=5), vocabulary, offers) == [" sat"]
+def test_a_word_waits_for_its_delay_and_its_end(vocabulary, lexicon):
+    """Heard words end at frames 3 and 10 of 14: with a delay of 5 only the first is due."""
+    heard = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat"))
+    assert write_all(Joint(heard, 9, n_delay=5), vocabulary, {}) == [" cat"]
+    assert write_all(Joint(heard, 9, n_delay=0), vocabulary, {}) == []  # nothing followed yet
+    heard.beam.hear(frames(lexicon, "sat", gap=12)[3:])  # half a second of blanks
+    assert write_all(Joint(heard, 9, n_delay=5), vocabulary, {}) == [" sat"]
 
 
-def test_an_open_word_is_finished_letter_by_letter(vocabulary):
-    joint = Joint(hearing(vocabulary, frames("cat", sure=0.9999)), n_most=9, n_delay=0)
-    assert write_all(joint, vocabulary, {" c": -0.1, "s": -2.0, ".": -4.0}) == [" c", "at"]
+def test_a_segments_end_makes_everything_due(vocabulary, lexicon):
+    heard = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat", gap=1))
+    assert write_all(Joint(heard, 9, 9, is_last=True), vocabulary, {}) == [" cat", " sat"]
 
 
-def test_letters_wait_until_they_are_heard(vocabulary):
-    """An open word ends when another is heard or silence is; then punctuation may follow."""
-    heard = hearing(vocabulary, frames("cat", gap=1))
-    sure_to_go_on, offers = -40.0, {" dog": -0.1, ".": -1.0, "s": -1.0}
-    assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=sure_to_go_on) == [" cat"]
-    assert not heard.is_between_words()
-    heard.prefix.hear(frames("a", gap=CFG.quiet_frames)[1:])
-    assert heard.is_between_words()
-    assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=40.0) == []
-    assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=sure_to_go_on) == ["."]
-    assert write_all(Joint(heard, 9, 0), vocabulary, offers, stop=sure_to_go_on) == []
-
-
-def test_a_piece_may_be_written_in_parts(vocabulary):
-    """Two letters in one piece, of which a token has the first: the other is still to come."""
-    table = PieceTable((*PieceTable.of(testing.tiny_pieces()).texts, "at"))
-    probs = torch.full((8, len(table.texts)), 1e-4)
-    for t, piece in enumerate([" c", "at", "", "", "", "", "", ""]):
-        probs[t, table.texts.index(piece)] = 1.0
-    prefix = CtcPrefix(table)
-    prefix.hear(probs.log())
-    heard = Heard(CFG, vocabulary, prefix)
-    prefix.write(" ca")
-    heard.spelling = Spelling(is_broken=False)
-    assert prefix.left == "t"
-    assert heard.what_next().going == "t"
-    prefix.write("t")
-    assert prefix.left == ""
-    assert heard.what_next().going == ""
-
-
-def test_no_more_than_allowed_and_nothing_that_cannot_be_said(vocabulary):
-    heard = hearing(vocabulary, frames("cat", "sat", "cat"))
-    offers = {" 7": -0.01, "\n": -0.01, " cat": -3.0, " sat": -3.0}
-    assert write_all(Joint(heard, 2, 0), vocabulary, offers) == [" cat", " sat"]
-    assert write_all(Joint(heard, 2, 0), vocabulary, offers) == [" cat"]
-
-
-def test_a_letter_is_not_written_three_times_in_a_row(vocabulary):
-    heard = hearing(vocabulary, frames("sassy"))
-    heard.prefix.write(" sass")
-    heard.spelling = Spelling(is_broken=False)
+def test_a_word_of_several_tokens_is_written_whole(vocabulary, lexicon):
+    heard = hearing(vocabulary, lexicon, frames(lexicon, "a", "sat", gap=12))
+    vocabulary.tokens[vocabulary.tokens.index(" sat")] = "(gone)"
     joint = Joint(heard, 9, 0)
-    assert joint.pick(vocabulary.ids("s", "y"), [-0.01, -9.0]) == vocabulary.ids("y")[0]
+    assert write_all(joint, vocabulary, {}) == [" a", " sat"]
+    assert joint.n_written == 2 + 4
 
 
-def test_where_nothing_fits_the_text_ends_and_goes_on_later(vocabulary):
-    heard = hearing(vocabulary, frames("cat", "sat"))
-    joint = Joint(heard, 9, 0)
-    assert joint.pick(vocabulary.ids(" 7", "."), [-0.1, -0.2]) is None
-    assert heard.what_next().word == " sat"
-    assert write_all(Joint(heard, 9, 0), vocabulary, {" sat": -1.0}) == [" sat"]
+def test_punctuation_follows_a_word_once_where_the_llm_prefers_it(vocabulary, lexicon):
+    heard = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat", gap=14))
+    odds = {",": -0.1, " cat": -2.0, " sat": -2.0, ".": -1.0}
+    assert write_all(Joint(heard, 9, 0), vocabulary, odds) == [" cat", ",", " sat"]
+    assert write_all(Joint(heard, 9, 0), vocabulary, odds, stop=40.0) == []
+    del odds[","]
+    assert write_all(Joint(heard, 9, 0), vocabulary, odds, stop=-40.0) == ["."]
+    assert write_all(Joint(heard, 9, 0), vocabulary, odds, stop=-40.0) == []
+
+
+def test_no_more_than_allowed_and_the_rest_later(vocabulary, lexicon):
+    heard = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat", "cat", gap=12))
+    assert write_all(Joint(heard, 2, 0), vocabulary, {}) == [" cat", " sat"]
+    assert write_all(Joint(heard, 0, 0), vocabulary, {}) == []
+    assert write_all(Joint(heard, 2, 0), vocabulary, {}) == [" cat"]
+
+
+def test_greedy_writes_until_the_stop_head_says_so():
+    greedy = Greedy(n_most=2)
+    assert not greedy.goes_on(1.0)
+    assert [greedy.pick([5, 6], [-1.0, -2.0]) for _ in range(2) if greedy.goes_on(-1.0)] == [
+        [5]
+    ] * 2
+    assert not greedy.goes_on(-1.0)
 
 
 def test_a_weight_below_zero_is_refused():
-    with pytest.raises(ConfigError, match="ctc_weight"):
-        WriterConfig(ctc_weight=-1.0)
+    with pytest.raises(ConfigError, match="llm_weight"):
+        WriterConfig(llm_weight=-1.0)
 
 
 # --- the contract, with a whole engine ------------------------------------------------------------
@@ -204,7 +161,10 @@ def plain(events) -> list[object]:
 
 @pytest.fixture(scope="module")
 def joint_model(tiny):
-    return replace(tiny, cfg=replace(tiny.cfg, writer=WriterConfig(ctc_weight=0.5)))
+    letters = [[a + b] for a in testing.LETTERS[:12] for b in testing.LETTERS[:12]]
+    beam = BeamConfig(piece_floor=-30.0, word_bonus=8.0)  # random weights are sure of nothing
+    cfg = replace(tiny.cfg, beam=beam, writer=WriterConfig(llm_weight=0.5, quiet_frames=2))
+    return replace(tiny, cfg=cfg, lexicon=lexicon_of(letters))
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class AdaptConfig:
-    init: str  # encoder weights (safetensors, our names)
+    init: str  # encoder weights (safetensors, our names); the teacher keeps them
     pieces: str
     sources: tuple[Source, ...]
+    ear: str = ""  # encoder and head to go on from, instead of `init` and a random head
+    frozen_blocks: int = 0  # the stem and as many blocks stay as they are; a step costs less
     noise: str = ""
     steps: int = 1000
     head_steps: int = 150
@@ -53,6 +55,7 @@ class AdaptConfig:
     warmup: int = 60
     distil: float = 1.0
     distil_every: int = 1  # the teacher is a fifth of a step's cost
+    bf16: bool = True  # False where a CPU multiplies float32 faster, as one without AMX may
     ema: float = 0.995
     seed: int = 0
     chunks: tuple[int, ...] = (8, 16, 16, 16, 32, 64, 0)
@@ -110,6 +113,13 @@ def distil_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return mse + 0.5 * (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
+def freeze(encoder: Encoder, n_blocks: int) -> None:
+    """The stem and the first `n_blocks` blocks are not trained, if there are any."""
+    if n_blocks:
+        for module in (encoder.conv1, encoder.conv2, *list(encoder.layers())[:n_blocks]):
+            module.requires_grad_(False)
+
+
 class Trainer(Run):
     """The ear: the head alone at first, then the encoder with it, held by its teacher."""
 
@@ -121,10 +131,12 @@ class Trainer(Run):
         super().__init__(cfg.steps, cfg.ema)
         self.cfg, self.encoder, self.head, self.pieces = cfg, encoder, head, pieces
         self.teacher = teacher.eval().bfloat16()
+        freeze(encoder, cfg.frozen_blocks)
+        taught = [p for p in encoder.parameters() if p.requires_grad]
         self.ready(
             [
                 {"params": list(head.parameters()), "peak": cfg.lr_head},
-                {"params": list(encoder.parameters()), "peak": cfg.lr_encoder},
+                {"params": taught, "peak": cfg.lr_encoder},
             ]
         )
 
@@ -136,7 +148,12 @@ class Trainer(Run):
         weights = load_file(cfg.init)
         encoder.load_state_dict(weights)
         teacher.load_state_dict(weights)
-        return cls(cfg, encoder, teacher, CtcHead(CtcConfig(n_pieces=pieces.size)), pieces)
+        head = CtcHead(CtcConfig(n_pieces=pieces.size))
+        if cfg.ear:
+            ear = load_file(cfg.ear)
+            encoder.load_state_dict(part(ear, "encoder"))
+            head.load_state_dict(part(ear, "ctc"))
+        return cls(cfg, encoder, teacher, head, pieces)
 
     def weights(self) -> dict[str, Tensor]:
         encoder = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
@@ -172,9 +189,9 @@ class Trainer(Run):
         frozen = self.step < cfg.head_steps
         offset = torch.tensor([rng.randrange(1500) for _ in range(n_rows)])
         chunk, left = rng.choice(cfg.chunks), rng.choice(cfg.lefts)
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(not frozen):
+        with torch.autocast("cpu", torch.bfloat16, cfg.bf16), torch.set_grad_enabled(not frozen):
             frames = self.encoder.forward_train(mel, chunk, left, offset)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cfg.bf16):
             log_probs = self.head(frames)
         texts = [" ".join(spoken(u.text) for u in s.utterances) for s in streams]
         known = [i for i, s in enumerate(streams) if s.is_transcribed]

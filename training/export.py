@@ -1,7 +1,7 @@
 """Trained parts -> a model folder that `sparqle-stream --model` loads.
 
 `python -m training.export OUT --ear runs/ear/ear.safetensors --bridge runs/joint/bridge.safetensors
---pieces runs/pieces.json`
+--pieces runs/pieces.json --words runs/words.safetensors`
 
 Encoder, Q-Former and adapters are stored as bf16; norms, biases and the small heads as float32.
 """
@@ -36,7 +36,9 @@ def compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def export(out: Path, ear: Path, bridge: Path, pieces: Path, writer: WriterConfig) -> None:
+def export(
+    out: Path, ear: Path, bridge: Path, pieces: Path, words: Path | None, writer: WriterConfig
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     heard, trained = load_file(ear), load_file(bridge)
     encoder = {k.removeprefix("encoder."): v for k, v in heard.items() if k.startswith("encoder.")}
@@ -44,6 +46,10 @@ def export(out: Path, ear: Path, bridge: Path, pieces: Path, writer: WriterConfi
     save_file(compact(encoder), out / "encoder.safetensors")
     save_file(compact(head | trained), out / "bridge.safetensors")
     shutil.copyfile(pieces, out / "pieces.json")
+    stored = [*STORED]
+    if words is not None:
+        shutil.copyfile(words, out / "words.safetensors")
+        stored.append("words.safetensors")
     kind = "window" if "qformer.queries" in trained else "stack"
     n_pieces = CtcPieces.load(pieces).size
     cfg = replace(
@@ -53,7 +59,7 @@ def export(out: Path, ear: Path, bridge: Path, pieces: Path, writer: WriterConfi
         qformer=QFormerConfig(kind=kind, n_pieces=n_pieces),
         writer=writer,
     )
-    hashes = {name: sha256(out / name) for name in STORED}  # what `models verify` compares
+    hashes = {name: sha256(out / name) for name in stored}  # what `models verify` compares
     extra = {"lora_scale": 2.0, "sha256": hashes}
     (out / "config.json").write_text(json.dumps(asdict(cfg) | extra, indent=1) + "\n")
 
@@ -64,12 +70,13 @@ def main() -> None:
     parser.add_argument("--ear", type=Path, required=True)
     parser.add_argument("--bridge", type=Path, required=True)
     parser.add_argument("--pieces", type=Path, required=True)
-    for name in ("ctc_weight", "stop_threshold", "mark_odds"):
+    parser.add_argument("--words", type=Path, help="lexicon; without it the LLM decides alone")
+    for name in ("llm_weight", "stop_threshold", "mark_odds"):
         default = getattr(WriterConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
     args = parser.parse_args()
-    writer = WriterConfig(args.ctc_weight, args.stop_threshold, args.mark_odds)
-    export(args.out, args.ear, args.bridge, args.pieces, writer)
+    writer = WriterConfig(args.llm_weight, args.stop_threshold, args.mark_odds)
+    export(args.out, args.ear, args.bridge, args.pieces, args.words, writer)
     size = sum(p.stat().st_size for p in args.out.iterdir()) / 1e6
     print(f"{args.out}: {size:.1f} MB")
 

@@ -45,13 +45,15 @@ def test_a_folder_holds_every_part_once(tmp_path, kind):
     save_file(ear, tmp_path / "ear.safetensors")
     save_file(bridge, tmp_path / "bridge.safetensors")
     pieces = train_pieces(["the cat sat on the mat"], 36, tmp_path / "pieces.json")
+    (tmp_path / "words.safetensors").write_bytes(b"words")
     out = tmp_path / "my-model"
     export(
         out,
         tmp_path / "ear.safetensors",
         tmp_path / "bridge.safetensors",
         tmp_path / "pieces.json",
-        WriterConfig(ctc_weight=2.0),
+        tmp_path / "words.safetensors",
+        WriterConfig(llm_weight=2.0),
     )
     encoder, rest = (load_file(out / f"{name}.safetensors") for name in ("encoder", "bridge"))
     assert encoder.keys() == {"ln_post.weight"}
@@ -62,7 +64,7 @@ def test_a_folder_holds_every_part_once(tmp_path, kind):
     assert hashes == {p.name: sha256(p) for p in out.iterdir() if p.name != "config.json"}
     cfg = config_from_json(ModelConfig, raw, out / "config.json")
     assert (cfg.name, cfg.qformer.kind) == ("my-model", kind)
-    assert cfg.writer == WriterConfig(ctc_weight=2.0)
+    assert cfg.writer == WriterConfig(llm_weight=2.0)
     assert cfg.ctc.n_pieces == cfg.qformer.n_pieces == pieces.size
     assert cfg.encoder == ModelConfig().encoder
     assert CtcPieces.load(out / "pieces.json").encode("the cat") == pieces.encode("the cat")

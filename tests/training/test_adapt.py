@@ -210,3 +210,16 @@ def test_a_misspelt_option_is_an_error(tmp_path):
     (tmp_path / "a.toml").write_text(text)
     with pytest.raises(TypeError, match="lr_haed"):
         adapt.load_config(tmp_path / "a.toml")
+
+
+def test_frozen_blocks_do_not_move(pack, pieces):
+    trainer = make_trainer(config(pack, head_steps=0, frozen_blocks=1), pieces)
+    before = copy_of(trainer.weights())
+    for _ in range(2):
+        trainer.train_step()
+    after = trainer.weights()
+    still = [k for k in before if k.startswith(("encoder.conv", "encoder.blocks.0"))]
+    assert still
+    assert all(torch.equal(before[k], after[k]) for k in still)
+    assert moved(before, after, "encoder.ln_post")
+    assert moved(before, after, "ctc")

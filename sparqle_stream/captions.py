@@ -194,14 +194,20 @@ class Captions:
             credit += cfg.letter_slack
         self._letter_credit = min(credit, cfg.max_letter_credit)
 
-    def allowance(self, chunk_samples: int) -> int:
-        """Most tokens that the LLM may write in this chunk (DESIGN rule 9)."""
+    def allowance(self, chunk_samples: int, *, by_letters: bool = True) -> int:
+        """Most tokens that may be written in this chunk (DESIGN rule 9).
+
+        `by_letters`: what CTC's best path heard must pay for them; False where what is written was
+        heard anyway. Nothing is written before anything was heard.
+        """
         new = self.cfg.max_tokens_per_s * chunk_samples / SAMPLE_RATE_HZ
         self._token_budget = min(self._token_budget + new, self.max_allowance(chunk_samples))
-        if self.is_looping or self._letter_credit <= 0:
+        if self.is_looping or self.heard.last_heard_frame < 0:
             return 0
-        most = min(self._token_budget, math.ceil(self._letter_credit / LETTERS_PER_TOKEN))
-        return max(0, int(most))
+        most = int(self._token_budget)
+        if by_letters:
+            most = min(most, math.ceil(self._letter_credit / LETTERS_PER_TOKEN))
+        return max(0, most)
 
     def max_allowance(self, chunk_samples: int) -> int:
         """What `allowance` can come to at most."""

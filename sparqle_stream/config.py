@@ -212,7 +212,7 @@ class WriterConfig:
     only ask for punctuation. Chosen on development sets for the weights that they are stored with.
     """
 
-    llm_weight: float = 0.3  # of the LLM's log-probability beside what was heard
+    llm_weight: float = 0.15  # of the LLM's log-probability beside what was heard
     stop_threshold: float = 0.5  # without a lexicon: probability above which a chunk's text ends
     mark_odds: float = 3.0  # log-odds against stopping that punctuation takes
     quiet_frames: int = 12  # of CTC (40 ms) without a piece, after which a word is over

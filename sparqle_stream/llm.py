@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sparqle_kernels.decode_attention import decode_attention, make_plan
 from sparqle_stream.errors import ModelError
+from sparqle_stream.quantize import FEW_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -277,10 +278,11 @@ def append(llm: Llm, state: LlmState, embeds: Tensor, active: Tensor) -> LlmStat
 def prefill(llm: Llm, state: LlmState, ids: Sequence[list[int] | None]) -> LlmState:
     """Writes each row's token ids; rows with None or no ids stay as they are."""
     device = state.length.device
-    for row, tokens in enumerate(ids):  # prefixes are rare and of unequal length
+    for row, tokens in enumerate(ids):  # prefixes are rare, short, and of unequal length
         if tokens:
             embeds = llm.embed(torch.tensor([tokens], device=device))
-            _append_slots(llm, state, embeds, torch.tensor([row], device=device))
+            for part in embeds.split(FEW_ROWS, dim=1):
+                _append_slots(llm, state, part, torch.tensor([row], device=device))
     return state
 
 

@@ -166,7 +166,9 @@ class Session:
     def hear(self, log_probs: Tensor) -> Writer:
         """log_probs (C, V) of the chunk -> who chooses its tokens."""
         self._captions.hear(log_probs.argmax(dim=-1).tolist())
-        self._slot.n_allowed = n_most = self._captions.allowance(self.options.chunk_samples)
+        by_letters = self._hearing is None  # a word beam writes nothing but what was heard
+        n_most = self._captions.allowance(self.options.chunk_samples, by_letters=by_letters)
+        self._slot.n_allowed = n_most
         if self._hearing is None:
             return Greedy(n_most, self._model.cfg.writer.stop_threshold)
         assert self._chunk is not None

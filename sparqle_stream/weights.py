@@ -283,7 +283,10 @@ def whisper_config(state: dict[str, Tensor]) -> EncoderConfig:
 
 
 def merge_lora(state: dict[str, Tensor], lora: dict[str, Tensor], scale: float) -> None:
-    """W += scale * B A in float32, for adapters '<matrix>.a' (r, in) with '<matrix>.b' (out, r)."""
+    """W += scale * B A for adapters '<matrix>.a' (r, in) with '<matrix>.b' (out, r).
+
+    Summed in float32; W keeps its dtype, so that a half-precision LLM needs no second size.
+    """
     for name in sorted({key.rpartition(".")[0] for key in lora}):
         weight, a, b = state.get(f"{name}.weight"), lora.get(f"{name}.a"), lora.get(f"{name}.b")
         if weight is None or a is None or b is None or weight.shape != (len(b), a.shape[1]):
@@ -291,7 +294,8 @@ def merge_lora(state: dict[str, Tensor], lora: dict[str, Tensor], scale: float) 
                 f"the adapter of {name} does not fit the LLM",
                 hint="use the LLM that the bridge was trained with",
             )
-        state[f"{name}.weight"] = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+        merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+        state[f"{name}.weight"] = merged.to(weight.dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:

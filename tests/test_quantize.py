@@ -89,6 +89,8 @@ def test_an_int8_matrix_multiplies(n_rows):
     stored = linear.few.float() * linear.scale.float()[:, None]
     # half a step of the scale; bf16 output
     assert bool(((stored - weight).abs() <= 0.505 * linear.scale.float()[:, None]).all())
+    if n_rows <= FEW_ROWS:
+        assert linear.many is None  # a single stream never pays for it
     exact = x.float() @ stored.T
     bound = x.float().abs() @ stored.abs().T * 2**-8 + 1e-6
     assert bool(((got - exact).abs() <= bound).all())
@@ -109,10 +111,10 @@ def test_without_bf16_instructions_one_form_serves_all(monkeypatch):
     monkeypatch.setattr(quantize, "has_fast_bf16", lambda: False)
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(4))
     linear = Int8Linear(weight)
-    assert linear.many is None
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
     expected = x.float() @ weight.T
     assert float(torch.cosine_similarity(linear(x).float(), expected, dim=-1).min()) > 0.9995
+    assert linear.many is None
 
 
 @pytest.mark.parametrize("n_slots", [1, 3, 12])

@@ -115,7 +115,7 @@ def test_the_wheel_carries_the_trained_weights_and_the_clip(wheel):
 
     names = zipfile.ZipFile(wheel).namelist()
     assets = "sparqle_stream/assets/"
-    for part in (*artifacts.MODEL_FILES, "README.md"):
+    for part in (*artifacts.MODEL_FILES, "words.safetensors", "README.md"):
         assert f"{assets}sparqle-base-en/{part}" in names
     assert [name for name in names if name.startswith(f"{assets}demo.")]
     assert wheel.stat().st_size <= MAX_WHEEL_BYTES

@@ -281,7 +281,7 @@ def prefill(llm: Llm, state: LlmState, ids: Sequence[list[int] | None]) -> LlmSt
     for row, tokens in enumerate(ids):  # prefixes are rare, short, and of unequal length
         if tokens:
             embeds = llm.embed(torch.tensor([tokens], device=device))
-            for part in embeds.split(FEW_ROWS, dim=1):
+            for part in torch.split(embeds, FEW_ROWS, dim=1):
                 _append_slots(llm, state, part, torch.tensor([row], device=device))
     return state
 

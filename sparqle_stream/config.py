@@ -15,6 +15,7 @@ FRAME_SAMPLES = 320  # one encoder frame, 20 ms
 FRAMES_PER_QUERY = 4  # one query, 80 ms
 FRAMES_PER_CTC = 2  # one CTC frame, 40 ms
 QUERY_MS = 80
+FEW_ROWS = 8  # of a matrix product: up to here int8 weights are faster than bf16 tiles
 CHUNK_MS_RANGE = (80, 1280)
 DELAY_MS_RANGE = (0, 960)
 # Encoder frame p is heard once 320 * (p + 1) samples are in; its centre lies this much earlier

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparqle_kernels.decode_attention import decode_attention, make_plan
+from sparqle_stream.config import FEW_ROWS
 from sparqle_stream.errors import ModelError
-from sparqle_stream.quantize import FEW_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparqle_stream.config import FEW_ROWS
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from sparqle_stream.llm import Llm
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
-FEW_ROWS = 8  # up to here reading int8 is faster than multiplying in bf16 tiles
 
 
 class Int8Linear(nn.Module):

@@ -85,24 +85,14 @@ Found = dict[tuple[int, int], list[float]]
 class WordBeam:
     """Beam search of one segment."""
 
-    def __init__(
-        self,
-        lexicon: Lexicon,
-        cfg: BeamConfig,
-        context: tuple[int, int] = (UNKNOWN, UNKNOWN),
-    ) -> None:
+    def __init__(self, lexicon: Lexicon, cfg: BeamConfig) -> None:
         self.lexicon, self.cfg = lexicon, cfg
         self.n_frames = 0
         self._roots = lexicon.child[lexicon.first[0] : lexicon.first[1]]
         self._n_nodes = len(lexicon.piece)
         self._spelled = _Spelled()
-        self._histories: list[_History] = []
-        self._after: dict[tuple[int, int], int] = {}
-        self._restart(_History((), context, 0.0))
-
-    def _restart(self, history: _History) -> None:
-        self._histories, self._after = [history], {}
-        self._spelled = _Spelled()
+        self._histories = [_History((), (UNKNOWN, UNKNOWN), 0.0)]
+        self._after: dict[tuple[int, int], int] = {}  # (history, node) -> history with its word
         self.hist = np.zeros(1, np.int64)
         self.node = np.zeros(1, np.int64)
         self.blank = np.zeros(1)  # log mass that ends in blank

@@ -79,6 +79,10 @@ class Hearing:
         capital = word[:1].upper() + word[1:]
         return [self.tokenizer.encode(f" {text}") for text in dict.fromkeys((word, capital))]
 
+    def marks(self) -> list[int]:
+        """Tokens of the punctuation that may follow."""
+        return [ids[0] for ids in map(self.tokenizer.encode, MARKS) if ids] if self.may_mark else []
+
     def rest_score(self, word: str, first: int) -> float:
         """log p(the rest of a word | its first token), from how often words begin like this."""
         begun = self.tokenizer.decode([first]).strip().lower()
@@ -94,13 +98,17 @@ class Joint:
     n_delay: int  # CTC frames before the chunk's end after which no word is due
     is_last: bool = False  # the segment ends with this chunk: everything is due
     n_written: int = 0
-    _due: list[Candidate] = field(default_factory=list)
+    # What the next word may be, in each of its forms; and the punctuation before it.
+    _due: list[tuple[Candidate, list[int]]] = field(default_factory=list)
+    _marks: list[int] = field(default_factory=list)
 
     def goes_on(self, stop: float) -> bool:
         if self.n_written >= self.n_most:
             return False
         hearing = self.hearing
-        self._due = hearing.due(self.n_delay, is_last=self.is_last)
+        due = hearing.due(self.n_delay, is_last=self.is_last)
+        self._due = [(c, form) for c in due for form in hearing.forms(c.word.text) if form]
+        self._marks = hearing.marks()
         if self._due:
             return True
         # Punctuation alone is left: the stop head knows where it belongs.
@@ -109,43 +117,28 @@ class Joint:
 
     def suggest(self) -> list[int]:
         """First tokens of all that could be written next."""
-        hearing = self.hearing
-        forms = [form for c in self._due for form in hearing.forms(c.word.text)]
-        marks = [hearing.tokenizer.encode(mark) for mark in MARKS] if hearing.may_mark else []
-        return [ids[0] for ids in (*forms, *marks) if ids]
+        return [form[0] for _, form in self._due] + self._marks
 
     def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> list[int]:
         hearing, of = self.hearing, dict(zip(ids, log_probs, strict=True))
-        mark = self._best_mark(of)
+        mark = max(self._marks, key=of.__getitem__, default=None)
         if not self._due:
             return self._write_mark(mark)
-        score, word, form = max(
-            (
-                (c.score + hearing.cfg.llm_weight * self._llm_score(c.word.text, form, of), c, form)
-                for c in self._due
-                for form in hearing.forms(c.word.text)
-                if form
-            ),
-            key=lambda found: found[0],
-        )
-        del score
+
+        def score(found: tuple[Candidate, list[int]]) -> float:
+            said, form = found
+            llm = of[form[0]] + hearing.rest_score(said.word.text, form[0])
+            return said.score + hearing.cfg.llm_weight * llm
+
+        said, form = max(self._due, key=score)
         if mark is not None and of[mark] > of[form[0]]:
             return self._write_mark(mark)
         if self.n_written and self.n_written + len(form) > self.n_most:
             return []  # the next chunk may write it
-        hearing.beam.commit(word.word.text)
+        hearing.beam.commit(said.word.text)
         hearing.may_mark = True
         self.n_written += len(form)
         return form
-
-    def _llm_score(self, word: str, form: list[int], of: dict[int, float]) -> float:
-        return of[form[0]] + self.hearing.rest_score(word, form[0])
-
-    def _best_mark(self, of: dict[int, float]) -> int | None:
-        if not self.hearing.may_mark:
-            return None
-        marks = [ids[0] for ids in map(self.hearing.tokenizer.encode, MARKS) if ids]
-        return max(marks, key=of.__getitem__, default=None)
 
     def _write_mark(self, mark: int | None) -> list[int]:
         self.hearing.may_mark = False

@@ -1,0 +1,22 @@
+"""Errors of the training commands: one line and a hint on stderr, exit 2; bugs keep their trace."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sparqle_stream.errors import SparqleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """What a user can cause inside the block is told as the command line of the product does."""
+    try:
+        yield
+    except SparqleError as err:
+        print(f"error: {err.message}\nhint: {err.hint}", file=sys.stderr)
+        raise SystemExit(2) from None

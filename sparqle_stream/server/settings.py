@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 
 from sparqle_stream.config import StreamOptions
 from sparqle_stream.errors import ConfigError, SparqleError
@@ -81,6 +82,20 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def keys_of(name: str) -> tuple[str, ...]:
+    """The keys in a file, one a line. Raises ConfigError."""
+    if not name:
+        return ()
+    try:
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"--key-file {name} cannot be read: {err}", "one key a line") from err
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"--key-file {name} has no key in it", hint="one key a line")
+    return keys
 
 
 class Close(IntEnum):

@@ -21,7 +21,7 @@ from server_harness import WAIT_S, frames, get, open_stream, rest, run, s16, ser
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from sparqle_stream import cli, messages, server, testing
+from sparqle_stream import messages, server, testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.server import logs, request
@@ -256,13 +256,13 @@ def test_settings_that_cannot_work():
 def test_keys_in_a_file(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# customers\n\nanna-key\n  berta-key  \n")
-    assert cli._keys_of(str(file)) == ("anna-key", "berta-key")
-    assert cli._keys_of("") == ()
+    assert server.keys_of(str(file)) == ("anna-key", "berta-key")
+    assert server.keys_of("") == ()
     file.write_text("# nobody\n")
     with pytest.raises(ConfigError, match="no key"):
-        cli._keys_of(str(file))
+        server.keys_of(str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
-        cli._keys_of(str(tmp_path / "none"))
+        server.keys_of(str(tmp_path / "none"))
 
 
 @pytest.mark.slow

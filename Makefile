@@ -11,9 +11,9 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 BIN  := $(VENV)/bin
-CODE := sparqle_stream kernels training $(if $(wildcard bench/*.py),bench) tests
+CODE := sparqle_stream kernels training deploy examples $(if $(wildcard bench/*.py),bench) tests
 # mypy reads packages, tests are left to ruff and pytest
-TYPED := sparqle_stream kernels/sparqle_kernels training $(if $(wildcard bench/*.py),bench)
+TYPED := sparqle_stream kernels/sparqle_kernels training deploy examples $(if $(wildcard bench/*.py),bench)
 
 # The pins hold in every pip call, also inside its builds: an unpinned torch is gigabytes of CUDA.
 PIP_INSTALL = PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,6 +17,101 @@ pytest.importorskip("ray.serve", reason="no ray here; pip install 'sparqle-strea
 
 REPO = Path(__file__).parents[2]
 WAIT_S = 240.0
+
+
+def test_options_of_serve_and_of_the_scale():
+    from deploy import ray_serve
+
+    given = {"slots": "8", "chunk_ms": "160", "insecure": "true", "max_replicas": "3"}
+    args, scale = ray_serve.parse(given | {"slots_in_use": "0.5"})
+    assert (args.slots, args.chunk_ms, args.insecure) == (8, 160, True)
+    assert scale == ray_serve.Scale(max_replicas=3, slots_in_use=0.5)
+    assert ray_serve.server_config(args).defaults.chunk_ms == 160
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_replica": "3"}, "did you mean max_replicas"),
+        ({"port": "8000"}, "unknown option 'port'"),
+        ({"num_cpus": "two"}, "num_cpus='two' is no number"),
+        ({"min_replicas": "3", "max_replicas": "2"}, "do not fit"),
+        ({"slots_in_use": "1.5"}, "slots_in_use"),
+        ({"slots": "0"}, "above 0"),
+        ({}, "without a key"),
+    ],
+)
+def test_options_that_cannot_be(options, said):
+    from deploy import ray_serve
+    from sparqle_stream.errors import ConfigError
+
+    with pytest.raises(ConfigError) as refused:
+        ray_serve.app(options)
+    assert said in f"{refused.value.message} {refused.value.hint}"
+
+
+def converse(frames: list[dict], app, max_bytes: int = 100) -> list[dict]:
+    """What an application sends over a wire whose proxy has `frames`, and then nothing."""
+    from deploy.ray_serve import Wire
+
+    sent: list[dict] = []
+    waiting = iter(frames)
+
+    async def receive():
+        frame = next(waiting, None)
+        return frame if frame is not None else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Wire(receive, send, max_bytes).run(app, {"type": "websocket"}))
+    return sent
+
+
+def audio(n: int) -> dict:
+    return {"type": "websocket.receive", "bytes": bytes(n)}
+
+
+def test_a_client_that_is_too_far_ahead_is_closed():
+    """Ray's proxy would keep whatever comes, without a bound."""
+    seen: list[dict] = []
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.05)
+        seen.append(await receive())
+        await send({"type": "websocket.send", "text": "too late"})
+
+    sent = converse([audio(40)] * 3, app)
+    assert [m["type"] for m in seen] == ["websocket.disconnect"]
+    assert [(m["type"], m.get("code")) for m in sent] == [("websocket.close", 1013)]
+
+
+def test_the_end_is_seen_before_what_came_before_it_is_read():
+    """A slot must be free at once, whatever waits in front of the hang-up."""
+    from sparqle_stream.server.transport import IS_GONE
+
+    seen: list[str] = []
+
+    async def app(scope, receive, send):
+        assert not scope["extensions"][IS_GONE]()
+        await asyncio.sleep(0.05)
+        assert scope["extensions"][IS_GONE]()
+        while not seen or seen[-1] != "websocket.disconnect":
+            seen.append((await receive())["type"])
+
+    gone = {"type": "websocket.disconnect", "code": 1006}
+    assert converse([audio(40), audio(40), gone], app) == []
+    assert seen == ["websocket.receive"] * 2 + ["websocket.disconnect"]
+
+
+def test_a_connection_that_is_cut():
+    from sparqle_stream.server.transport import ABORT
+
+    async def app(scope, receive, send):
+        scope["extensions"][ABORT]()
+        assert (await receive())["type"] == "websocket.disconnect"
+
+    assert converse([audio(40)], app) == []
 
 
 class Cluster:

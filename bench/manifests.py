@@ -2,8 +2,8 @@
 
 In, whichever is there: `manifest.jsonl`, one object a line with `audio` (a path in the folder),
 `text` ('' where nobody speaks) and, if known, `id`, `speaker` and `corpus`; or what
-bench.foreign_manifests reads: a LibriSpeech folder, or manifests of lhotse. Contract: what is wrong
-with a manifest is said with the number of the line, before anything is loaded.
+training.manifests reads besides: a LibriSpeech folder, or manifests of lhotse. Contract: what is
+wrong with a manifest is said with the number of the line, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -15,56 +15,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError
+from training import manifests
+from training.manifests import Recording as Recording  # known by this name to the benchmarks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy as np
-    import numpy.typing as npt
-
-MANIFEST = "manifest.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """A whole file, or `seconds` of it from `start_s` on; with `parts`, recordings in a row."""
-
-    id: str
-    path: Path
-    text: str
-    speaker: str
-    corpus: str = ""
-    start_s: float = 0.0
-    seconds: float | None = None
-    parts: tuple[Recording, ...] = ()
-    pause_s: float = 0.0  # of silence after each part but the last
-
-    def pcm(self) -> npt.NDArray[np.float32]:
-        """(S,) at 16 kHz. Raises AudioFormatError for a file without audio."""
-        import numpy as np
-
-        from sparqle_stream import audio
-
-        if self.parts:
-            pause = np.zeros(round(self.pause_s * SAMPLE_RATE_HZ), np.float32)
-            pieces = [piece for part in self.parts for piece in (part.pcm(), pause)]
-            return np.concatenate(pieces[:-1])
-        pcm = audio.read_file(self.path)
-        if self.seconds is None:
-            return pcm
-        start = round(self.start_s * SAMPLE_RATE_HZ)
-        return pcm[start : start + round(self.seconds * SAMPLE_RATE_HZ)]
-
-    def length_s(self) -> float:
-        """Seconds; of whole files, what their containers say (0 if they do not)."""
-        from sparqle_stream import audio
-
-        if self.parts:
-            pauses_s = self.pause_s * (len(self.parts) - 1)
-            return sum(part.length_s() for part in self.parts) + pauses_s
-        return self.seconds or audio.file_seconds(self.path) or 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,30 +42,12 @@ def read(folder: Path, every: int = 1, limit: int | None = None) -> RecordingSet
     """Each `every`-th recording of a folder, the first `limit` of them at most."""
     if every < 1 or (limit is not None and limit < 1):
         raise ConfigError("nothing would be left of the recordings", hint="use 1 or more")
-    raw, recordings = _all(folder)
+    raw, recordings = manifests.read(folder)
     chosen = recordings[::every][:limit]
     if not chosen:
         raise ConfigError(f"the manifest in {folder} names no recordings", hint="one a line")
     fingerprint = hashlib.sha256(raw).hexdigest()[:16]
     return RecordingSet(_name(folder), tuple(chosen), fingerprint, len(recordings))
-
-
-def _all(folder: Path) -> tuple[bytes, list[Recording]]:
-    """The bytes of a folder's manifest and everything that it names."""
-    from bench import foreign_manifests
-
-    path = folder / MANIFEST
-    if path.is_file():
-        raw = path.read_bytes()
-        lines = [(n, line) for n, line in enumerate(raw.splitlines(), 1) if line.strip()]
-        return raw, [_recording(folder, n, line) for n, line in lines]
-    found = foreign_manifests.librispeech(folder) or foreign_manifests.lhotse(folder)
-    if found is None:
-        raise ConfigError(
-            f"there is no {MANIFEST} in {folder}, nothing of LibriSpeech and nothing of lhotse",
-            hint='one object a line: {"audio": "a.wav", "text": "what is said", "speaker": "s1"}',
-        )
-    return found
 
 
 def joined(recordings: RecordingSet, seconds: float, pause_s: float) -> RecordingSet:
@@ -199,18 +137,3 @@ def of_files(paths: list[Path]) -> RecordingSet:
 def _name(folder: Path) -> str:
     """The last two parts of the path: 'test/read'. The rest is somebody's disk."""
     return "/".join(folder.resolve().parts[-2:])
-
-
-def _recording(folder: Path, line_number: int, line: bytes) -> Recording:
-    try:
-        entry = json.loads(line)
-        path, text = folder / entry["audio"], entry["text"]
-        if not isinstance(text, str):
-            raise TypeError("text is not a string")
-    except (ValueError, KeyError, TypeError) as err:
-        raise ConfigError(
-            f"line {line_number} of the manifest in {folder} cannot be used ({err})",
-            hint='each line needs "audio" and "text" ("" where nobody speaks)',
-        ) from err
-    speaker, corpus = str(entry.get("speaker", "")), str(entry.get("corpus", ""))
-    return Recording(str(entry.get("id", path.stem)), path, text, speaker, corpus)

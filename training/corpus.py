@@ -8,17 +8,20 @@ Decoding compressed audio once makes an epoch cheap and keeps training free of c
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
+    from typing import BinaryIO
 
     from av import AudioFrame
     from numpy.typing import NDArray
+
+    from training.manifests import Recording
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -34,6 +37,7 @@ class Clip:
     speaker: str
     corpus: str
     licence: str
+    targets: dict[str, str] = field(default_factory=dict)  # by task, where it is not transcription
 
     @property
     def seconds(self) -> float:
@@ -64,9 +68,12 @@ class PackWriter:
         self._index = (folder / "index.jsonl").open("w")
         self._n_samples = 0
 
-    def add(self, pcm: NDArray[np.int16], **facts: str) -> None:
+    def add(
+        self, pcm: NDArray[np.int16], targets: dict[str, str] | None = None, **facts: str
+    ) -> None:
+        """PCM (S,) at 16 kHz with a Clip's other fields."""
         self._audio.write(pcm.tobytes())
-        clip = Clip(start=self._n_samples, length=len(pcm), **facts)
+        clip = Clip(start=self._n_samples, length=len(pcm), targets=targets or {}, **facts)
         self._index.write(json.dumps(asdict(clip)) + "\n")
         self._n_samples += len(pcm)
 
@@ -75,13 +82,13 @@ class PackWriter:
         self._index.close()
 
 
-def decode_file(path: Path) -> NDArray[np.int16]:
+def decode_file(file: Path | BinaryIO) -> NDArray[np.int16]:
     """Any audio file that PyAV opens -> PCM (S,) int16 at 16 kHz, mono."""
     import av
 
     resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
     parts: list[NDArray[np.int16]] = []
-    with av.open(str(path)) as container:
+    with av.open(str(file) if isinstance(file, Path) else file) as container:
         for frame in container.decode(audio=0):
             parts += [_samples(out) for out in resampler.resample(frame)]
         parts += [_samples(out) for out in resampler.resample(None)]
@@ -92,12 +99,15 @@ def _samples(frame: AudioFrame) -> NDArray[np.int16]:
     return frame.to_ndarray().reshape(-1).astype(np.int16, copy=False)
 
 
-def read_manifest(folder: Path) -> Iterator[dict[str, str]]:
-    """Objects of `folder/manifest.jsonl`; audio paths lead on from where `folder` does."""
-    for line in (folder / "manifest.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        row["audio"] = str(folder / row["audio"])
-        yield row
+def decode_all(recordings: Iterable[Recording]) -> Iterator[tuple[Recording, NDArray[np.int16]]]:
+    """Each recording with its PCM (S,); a file of which several parts follow is decoded once."""
+    path, whole = None, np.zeros(0, np.int16)
+    for one in recordings:
+        if one.path != path:
+            path, whole = one.path, decode_file(one.path)
+        start = round(one.start_s * SAMPLE_RATE_HZ)
+        n = len(whole) if one.seconds is None else round(one.seconds * SAMPLE_RATE_HZ)
+        yield one, whole[start : start + n]
 
 
 def open_packs(folders: Iterable[Path]) -> list[Pack]:

@@ -1,6 +1,6 @@
 """Prepare data: `python -m training.prepare pack|text|synth|pieces|whisper`.
 
-pack   manifests with audio files -> a pack (see training.corpus)
+pack   manifests with audio files, ours or lhotse's -> a pack (see training.corpus)
 text   books (.xhtml, .html, .txt) -> one sentence a line
 synth  sentences -> a pack of synthetic speech
 pieces sentences and transcripts -> the CTC head's vocabulary
@@ -16,18 +16,23 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from sparqle_stream.weights import import_whisper
-from training.corpus import Pack, PackWriter, decode_file, read_manifest
+from training import manifests
+from training.corpus import Pack, PackWriter, decode_all
+from training.errors import reported
 from training.synth import sentences_of, speak
 from training.text import is_spelled_out, train_pieces
 
+FACTS = ("id", "text", "speaker", "corpus", "licence")
+
 
 def pack(args: argparse.Namespace) -> None:
-    writer = PackWriter(args.out)
-    rows = [row for folder in args.folders for row in read_manifest(folder)]
-    for row in tqdm(rows, desc="decode", unit="clip"):
-        facts = {key: row.get(key) or "" for key in ("id", "text", "speaker", "corpus", "licence")}
-        writer.add(decode_file(Path(row["audio"])), **facts)
-    writer.close()
+    with reported():
+        found = [one for source in args.sources for one in manifests.read(source)[1]]
+        writer = PackWriter(args.out)
+        for one, pcm in decode_all(tqdm(found, desc="decode", unit="clip")):
+            facts = {key: getattr(one, key) for key in FACTS}
+            writer.add(pcm, targets=dict(one.targets), **facts)
+        writer.close()
 
 
 def text(args: argparse.Namespace) -> None:
@@ -61,7 +66,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True)
     one = commands.add_parser("pack", help="decode manifests into a pack")
     one.add_argument("out", type=Path)
-    one.add_argument("folders", type=Path, nargs="+", help="folders with manifest.jsonl")
+    one.add_argument(
+        "sources",
+        type=Path,
+        nargs="+",
+        help="folders with manifest.jsonl, LibriSpeech or lhotse's manifests; or cuts.jsonl[.gz]",
+    )
     one.set_defaults(run=pack)
     one = commands.add_parser("text", help="books to sentences")
     one.add_argument("out", type=Path)

@@ -13,7 +13,7 @@ from sparqle_stream.errors import ConfigError
 def write(folder, entries) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
-    (folder / manifests.MANIFEST).write_text("\n".join(lines) + "\n")
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def test_a_folder_becomes_recordings(tmp_path):

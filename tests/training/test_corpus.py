@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import wave
 
 import numpy as np
 import pytest
 
-from training.corpus import Pack, PackWriter, decode_file, open_packs, read_manifest
+from training.corpus import Pack, PackWriter, decode_file, open_packs
 
 FACTS = {"speaker": "s1", "corpus": "c", "licence": "CC0"}
 
@@ -63,14 +62,6 @@ def test_a_file_at_16_khz_is_not_touched(tmp_path):
     pcm = np.random.default_rng(0).integers(-32768, 32768, (5_000, 1), dtype=np.int16)
     write_wav(tmp_path / "a.wav", pcm, 16_000)
     np.testing.assert_array_equal(decode_file(tmp_path / "a.wav"), pcm[:, 0])
-
-
-def test_a_manifest_leads_to_its_audio(tmp_path):
-    rows = [{"audio": "audio/a.wav", "text": "so"}, {"audio": "audio/b.wav", "text": "no"}]
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = list(read_manifest(tmp_path))
-    assert [row["audio"] for row in found] == [str(tmp_path / row["audio"]) for row in rows]
-    assert [row["text"] for row in found] == ["so", "no"]
 
 
 def test_packs_are_mapped_not_read(tmp_path):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparqle_stream import formats, messages
 from sparqle_stream.errors import ConfigError, SparqleError
 from sparqle_stream.server import fields, request
-from sparqle_stream.server.openai_session import language_of
+from sparqle_stream.server.openai_session import OPENAI_NAMES, language_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -155,8 +155,9 @@ def parse(form: Iterable[tuple[str, object]], model: str, defaults: StreamOption
 
 def _check(given: dict[str, str], model: str) -> None:
     """Fields that can only have one value here."""
-    if given.get("model", model) != model:
-        raise UnknownModelError(f"unknown model {given['model'][:60]!r}", f"it runs {model!r}")
+    name = given.get("model", model)
+    if name != model and not OPENAI_NAMES.fullmatch(name):
+        raise UnknownModelError(f"unknown model {name[:60]!r}", f"it runs {model!r}")
     fields.check_language(model, given.get("language", ""))
     try:
         is_greedy = float(given.get("temperature") or 0) == 0

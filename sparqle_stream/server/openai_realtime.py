@@ -81,10 +81,7 @@ class RealtimeDialect:
                 f"intent={fields['intent'][:40]!r} is not served", hint="use intent=transcription"
             )
         if "model" in fields:
-            try:
-                self._link.hub.check_model(fields["model"])
-            except SparqleError as err:  # under OpenAI's name for it
-                raise FieldError("model", err.message, err.hint, "invalid_model") from err
+            openai_session.check_model(fields["model"], self._link.hub.model, "model")
         self._open()
 
     async def on_audio(self, data: bytes) -> None:

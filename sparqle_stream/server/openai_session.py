@@ -7,6 +7,7 @@ null brings the default back. The table in docs/protocol.md says the same, field
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,12 @@ MAX_PREFIX_MS = 1000
 MIN_THRESHOLD = 0.01
 THRESHOLD_GAP = 0.15  # speech ends this much below the threshold at which it begins
 
+# OpenAI's own models. A client that was only given another address asks for one of them: it gets
+# the one that runs here, and session.updated says so.
+OPENAI_NAMES = re.compile(r"whisper-1|gpt-[a-z0-9.-]*(?:transcribe|whisper)[a-z0-9.-]*")
+# Those of them that have no turn detection: whoever names one commits, unless they say otherwise.
+CLIENT_COMMITS = ("gpt-realtime-whisper", "gpt-live-transcribe")
+
 # Known to OpenAI's clients, refused here: a value other than null is an error.
 REFUSED = {
     "session": (
@@ -38,7 +45,7 @@ REFUSED = {
         *("tracing", "truncation", "max_output_tokens", "reasoning", "parallel_tool_calls"),
     ),
     "session.audio": ("output",),
-    "session.audio.input.transcription": ("languages", "keywords"),
+    "session.audio.input.transcription": ("keywords",),
     "session.audio.input.turn_detection": ("idle_timeout_ms", "eagerness"),
 }
 
@@ -149,9 +156,12 @@ def update(cfg: SessionConfig, raw: object, defaults: StreamOptions) -> SessionC
         cfg = replace(cfg, fmt=_format(given["format"], f"{path}.format"))
     if "transcription" in given:
         cfg = _transcription(cfg, given["transcription"], f"{path}.transcription", defaults)
+    asked = given.get("transcription") or {}
     if "turn_detection" in given:
         turns = _turns(cfg, given["turn_detection"], f"{path}.turn_detection", defaults)
         cfg = replace(cfg, turn_detection=turns)
+    elif str(asked.get("model")).startswith(CLIENT_COMMITS):
+        cfg = replace(cfg, turn_detection=None)
     # noise_reduction: there is none; session.updated answers null.
     try:
         cfg.stream_options(defaults)
@@ -170,7 +180,7 @@ def as_object(raw: object, path: str, known: Collection[str]) -> Mapping[str, An
     for name, value in raw.items():
         param = f"{path}.{name[:60]}"
         if name in refused:
-            if value is not None:
+            if value is not None and value != []:  # an empty list asks for nothing
                 raise _unsupported(param, "this server does not have it")
         elif name not in known:
             hint = did_you_mean(name, known) or f"known: {', '.join(sorted(known))}"
@@ -188,6 +198,13 @@ def text_field(fields: Mapping[str, Any], name: str, path: str) -> str:
     if not value.isprintable() and any("\ud800" <= char <= "\udfff" for char in value):
         raise FieldError(f"{path}.{name}", f"{name} is not Unicode text", "send whole characters")
     return value
+
+
+def check_model(name: str, model: str, param: str) -> None:
+    """Raises FieldError unless `name` is the model that runs here, or one of OpenAI's."""
+    if name != model and not OPENAI_NAMES.fullmatch(name):
+        hint = f"this server runs {model!r}"
+        raise FieldError(param, f"unknown model {name[:60]!r}", hint, "invalid_model")
 
 
 def language_of(model: str) -> str:
@@ -223,20 +240,19 @@ def _transcription(
 ) -> SessionConfig:
     if raw is None:
         raise _unsupported(path, "transcription cannot be switched off here")
-    fields = as_object(raw, path, ("model", "language", "prompt", "delay"))
+    fields = as_object(raw, path, ("model", "language", "languages", "prompt", "delay"))
     model, language, delay = (text_field(fields, n, path) for n in ("model", "language", "delay"))
-    if model and model != cfg.model:
-        hint = f"this server runs {cfg.model!r}"
-        raise FieldError(f"{path}.model", f"unknown model {model[:60]!r}", hint, "invalid_model")
-    spoken = language_of(cfg.model)
-    if language and language.partition("-")[0].lower() != spoken:
-        hint = f"{cfg.model} knows {spoken!r} only" if spoken else "the model's language is fixed"
-        raise FieldError(f"{path}.language", f"language {language[:20]!r} is unknown", hint)
+    if model:
+        check_model(model, cfg.model, f"{path}.model")
+    _check_language(cfg.model, language, f"{path}.language")
+    languages = _languages(fields, path)
+    for one in languages:
+        _check_language(cfg.model, one, f"{path}.languages")
     if delay and delay not in DELAY_MS:
         hint = f"use {', '.join(DELAY_MS)}"
         raise FieldError(f"{path}.delay", f"unknown delay {delay[:20]!r}", hint)
-    if "language" in fields:
-        cfg = replace(cfg, language=language)
+    if languages or "language" in fields:
+        cfg = replace(cfg, language=language or next(iter(languages), ""))
     if "delay" in fields:
         cfg = replace(cfg, delay=delay)
     if "prompt" in fields:
@@ -247,6 +263,23 @@ def _transcription(
             raise FieldError(f"{path}.prompt", f"a prompt of {len(prompt)} characters", hint)
         cfg = replace(cfg, prompt=prompt)
     return cfg
+
+
+def _check_language(model: str, language: str, param: str) -> None:
+    spoken = language_of(model)
+    if language and language.partition("-")[0].lower() != spoken:
+        hint = f"{model} knows {spoken!r} only" if spoken else "the model's language is fixed"
+        raise FieldError(param, f"language {language[:20]!r} is unknown", hint)
+
+
+def _languages(fields: Mapping[str, Any], path: str) -> list[str]:
+    """Codes of a list; the newer of OpenAI's models take one instead of `language`."""
+    value = fields.get("languages")
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(code, str) for code in value):
+        raise FieldError(f"{path}.languages", "languages must be a list", code="invalid_type")
+    return value
 
 
 def _turns(

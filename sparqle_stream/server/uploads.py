@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 ROUTE = "/v1/audio/transcriptions"
 BLOCK_SAMPLES = SAMPLE_RATE_HZ // 2
 COPY_BYTES = 1 << 20
+MODEL_HEADER = "openai-model"  # of the answer: which one it was, whatever name was asked for
 POLL_S = 0.5
 FORM_FIELDS = 64
 FIELD_BYTES = 64 << 10
@@ -166,10 +167,13 @@ async def transcribe(http: HttpRequest) -> Response:
         hub.metrics.connections.labels(ROUTE).inc()
         events = upload.events(path, asked)
         if asked.is_streamed:
-            answer = EventStream(_stream(events, result), stack)
+            streamed = EventStream(_stream(events, result), stack)
+            streamed.headers[MODEL_HEADER] = hub.model
             stack = contextlib.ExitStack()  # the answer gives back
-            return answer
-        return await _whole(http, events, result)
+            return streamed
+        answer = await _whole(http, events, result)
+        answer.headers[MODEL_HEADER] = hub.model
+        return answer
     except (request.RefusedError, BusyError, TooManyStreamsError) as err:
         hub.metrics.refusals.labels(err.code).inc()
         return _refusal(err)

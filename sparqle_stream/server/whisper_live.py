@@ -37,7 +37,8 @@ WITHOUT_EFFECT: dict[str, object] = {
     "clip_audio": False,
     "same_output_threshold": 10,
     "target_language": "fr",  # of translations
-    "max_speakers": None,
+    "max_speakers": 10,
+    "known_speakers": None,
     "diarization_threshold": None,
     "hf_token": None,
 }

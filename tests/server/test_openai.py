@@ -21,6 +21,7 @@ from sparqle_stream import audio, messages
 from sparqle_stream.audio import AudioFormat
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.engine import Engine
+from sparqle_stream.server import openai_session
 
 # The openai package connects as websockets before 17.1 wanted it.
 pytestmark = pytest.mark.filterwarnings(
@@ -302,10 +303,11 @@ def receive_start(connection, data):
         ("format.rate", {"type": "audio/pcmu", "rate": 16_000}, "invalid_value"),
         ("format.bits", {"bits": 16}, "unknown_parameter"),
         ("transcription", None, "unsupported_value"),
-        ("transcription.model", {"model": "whisper-1"}, "invalid_model"),
+        ("transcription.model", {"model": "whisper-2"}, "invalid_model"),
         ("transcription.model", {"model": 1}, "invalid_type"),
         ("transcription.language", {"language": "de"}, "invalid_value"),
-        ("transcription.languages", {"languages": ["en"]}, "unsupported_value"),
+        ("transcription.languages", {"languages": ["de"]}, "invalid_value"),
+        ("transcription.languages", {"languages": "en"}, "invalid_type"),
         ("transcription.keywords", {"keywords": ["x"]}, "unsupported_value"),
         ("transcription.delay", {"delay": "none"}, "invalid_value"),
         ("transcription.prompt", {"prompt": "x" * 2_001}, "invalid_value"),
@@ -400,7 +402,7 @@ def test_the_whole_file_in_one_append(tiny, speech):
 @pytest.mark.parametrize(
     ("query", "code", "part"),
     [
-        ("?model=gpt-4o-transcribe", "invalid_model", "this server runs 'tiny'"),
+        ("?model=gpt-4o", "invalid_model", "this server runs 'tiny'"),
         ("?intent=conversation", "invalid_option", "intent=transcription"),
         ("?intnet=transcription", "invalid_option", "did you mean intent?"),
     ],
@@ -414,12 +416,53 @@ def test_a_query_that_cannot_be_served(url, query, code, part):
         assert websocket.close_code == 1008
 
 
-@pytest.mark.parametrize("query", ["", "?intent=transcription", "?model=tiny"])
+@pytest.mark.parametrize(
+    "query", ["", "?intent=transcription", "?model=tiny", "?model=gpt-4o-transcribe"]
+)
 def test_queries_of_known_clients(url, query):
     with connect(f"{url}/v1/realtime{query}", proxy=None) as websocket:
         created = json.loads(websocket.recv(timeout=WAIT_S))
     assert created["type"] == "session.created"
     assert created["session"]["type"] == "transcription"
+
+
+@pytest.mark.parametrize(
+    ("model", "commits"),
+    [("gpt-4o-mini-transcribe", False), ("whisper-1", False), ("gpt-realtime-whisper", True)],
+)
+def test_openais_own_models_mean_the_one_that_runs(model, commits):
+    """Plugins ask for them by default; those without turn detection leave the field out."""
+    session = {"type": "transcription", "audio": {"input": {"transcription": {"model": model}}}}
+    before = openai_session.SessionConfig.default("m-en", StreamOptions())
+    after = openai_session.update(before, session, StreamOptions())
+    assert after.model == "m-en"
+    assert (after.turn_detection is None) == commits
+    hints = {"model": model, "languages": ["en-GB"], "keywords": []}
+    turns = {"transcription": hints, "turn_detection": {"type": "server_vad"}}
+    session["audio"]["input"] = turns
+    after = openai_session.update(before, session, StreamOptions())
+    assert (after.language, after.turn_detection) == ("en-GB", before.turn_detection)
+
+
+FIRST_UPDATES = {
+    "livekit-plugins-openai 1.8.9": (
+        {"model": "gpt-4o-mini-transcribe", "language": "en"},
+        {"type": "server_vad", "threshold": 0.5}
+        | {"prefix_padding_ms": 600, "silence_duration_ms": 350},
+    ),
+    "pipecat-ai 1.14.0": ({"model": "gpt-realtime-whisper", "language": "en"}, None),
+}
+
+
+@pytest.mark.parametrize("plugin", FIRST_UPDATES)
+def test_what_plugins_ask_for_by_default(plugin):
+    transcription, turns = FIRST_UPDATES[plugin]
+    given = {"format": {"type": "audio/pcm", "rate": 24_000}, "transcription": transcription}
+    session = {"type": "transcription", "audio": {"input": given | {"turn_detection": turns}}}
+    before = openai_session.SessionConfig.default("m-en", StreamOptions())
+    told = openai_session.to_wire("s", openai_session.update(before, session, StreamOptions()))
+    assert told["audio"]["input"]["turn_detection"] == turns
+    assert told["audio"]["input"]["transcription"]["model"] == "m-en"
 
 
 def test_a_commit_in_a_full_house_keeps_the_slot(tiny, speech):

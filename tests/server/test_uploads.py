@@ -131,9 +131,16 @@ def test_what_is_not_honoured_is_refused(form, named):
     assert named in str(refused.value)
 
 
+def test_openais_own_name_means_the_model_that_runs(client):
+    """Programs that were only given another address ask for it; the answer says what it got."""
+    answer = client.audio.transcriptions.with_raw_response.create(file=FILE, model="whisper-1")
+    assert answer.headers["openai-model"] == "tiny"
+    assert answer.parse().text == create(client).text
+
+
 def test_errors_in_openais_envelope(client, url):
     with pytest.raises(openai.NotFoundError, match="unknown model"):
-        client.audio.transcriptions.create(file=FILE, model="whisper-1")
+        client.audio.transcriptions.create(file=FILE, model="whisper-2")
     with pytest.raises(openai.BadRequestError, match="temperature"):
         create(client, temperature=1.0)
     with pytest.raises(openai.BadRequestError) as refused:

@@ -17,7 +17,7 @@ from sparqle_stream.server import whisper_live, whisper_live_kit
 OFF = StreamOptions(vad=VadConfig(kind="off"))
 WORDS = testing.vocabulary(60)
 PCM = testing.say(WORDS)
-# What the stock client of WhisperLive sends first.
+# What the stock client of WhisperLive 0.10 sends first.
 OPTIONS = {
     "uid": "u-1",
     "language": None,
@@ -30,6 +30,13 @@ OPTIONS = {
     "same_output_threshold": 10,
     "enable_translation": False,
     "target_language": "fr",
+    "hotwords": None,
+    "enable_diarization": False,
+    "max_speakers": 10,
+    "known_speakers": None,
+    "word_timestamps": False,
+    "initial_prompt": None,
+    "vad_parameters": None,
 }
 
 

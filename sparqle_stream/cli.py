@@ -350,7 +350,7 @@ def _serve(args: Namespace) -> int:
         host=args.host,
         port=args.port,
         api_key=args.api_key,
-        api_keys=_keys_of(args.key_file),
+        api_keys=server.keys_of(args.key_file),
         insecure=args.insecure,
         allow_origins=tuple(args.allow_origin),
         tls_cert=args.tls_cert,
@@ -373,20 +373,6 @@ def _serve(args: Namespace) -> int:
     with load_engine(args, args.slots) as engine:
         server.serve(engine, cfg, on_ready)
     return 0
-
-
-def _keys_of(name: str) -> tuple[str, ...]:
-    """The keys in a file, one a line. Raises ConfigError."""
-    if not name:
-        return ()
-    try:
-        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"--key-file {name} cannot be read: {err}", "one key a line") from err
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise ConfigError(f"--key-file {name} has no key in it", hint="one key a line")
-    return keys
 
 
 def _list_devices() -> int:

@@ -200,15 +200,19 @@ class Wire:
                 await pump
 
     async def _pump(self) -> None:
-        while not self._is_over:
-            message = await self._receive()
-            self._n_bytes += _size(message)
-            if message["type"] == "websocket.disconnect":
-                self._is_over = True
-            elif self._n_bytes > self._max_bytes:
-                await self._refuse()
-                return
-            self._frames.put_nowait(message)
+        try:
+            while not self._is_over:
+                message = await self._receive()
+                self._n_bytes += _size(message)
+                if message["type"] == "websocket.disconnect":
+                    self._is_over = True
+                elif self._n_bytes > self._max_bytes:
+                    await self._refuse()
+                    return
+                self._frames.put_nowait(message)
+        finally:
+            if not self._is_over:  # the proxy has died: nobody else tells the server
+                self._abort()
 
     async def _refuse(self) -> None:
         reason = "audio came faster than it could be captioned for too long"

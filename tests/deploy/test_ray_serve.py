@@ -104,6 +104,22 @@ def test_the_end_is_seen_before_what_came_before_it_is_read():
     assert seen == ["websocket.receive"] * 2 + ["websocket.disconnect"]
 
 
+def test_a_proxy_that_dies():
+    from deploy.ray_serve import Wire
+
+    seen: list[str] = []
+
+    async def app(scope, receive, send):
+        seen.append((await receive())["type"])
+
+    async def receive():
+        raise RuntimeError("actor died")
+
+    with pytest.raises(RuntimeError, match="actor died"):
+        asyncio.run(Wire(receive, receive).run(app, {"type": "websocket"}))
+    assert seen == ["websocket.disconnect"]
+
+
 def test_a_connection_that_is_cut():
     from sparqle_stream.server.transport import ABORT
 

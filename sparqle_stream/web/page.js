@@ -6,6 +6,7 @@ import { CaptionStream } from "./stream.js";
 const MAX_RATE = 48_000;
 const FILE_RATE = 16_000;
 const FILE_BLOCK = 8_000;
+const AGAIN_MS = 5_000; // after which an overlay that lost its server begins anew
 
 const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
@@ -32,20 +33,20 @@ function recall(name) {
   }
 }
 
+const asked = new URLSearchParams(location.search);
 for (const name of ["large", "contrast"]) {
   const button = $(name);
   const show = (isOn) => {
     root.classList.toggle(name, isOn);
     button.setAttribute("aria-pressed", isOn);
   };
-  show(recall(name) === "true");
+  show(asked.has(name) || recall(name) === "true");
   button.onclick = () => {
     const isOn = !root.classList.contains(name);
     show(isOn);
     remember(name, isOn);
   };
 }
-const asked = new URLSearchParams(location.search);
 if (asked.get("theme") === "transparent") root.classList.add("transparent");
 
 function say(text, isError = false) {
@@ -92,7 +93,10 @@ function onEvent(event) {
     case "warning": return say(event.message);
     case "lost": return say("The connection was lost; trying again.");
     case "error": return finish(`${event.message}. ${event.hint}`, true);
-    case "closed": return finish(event.message, true);
+    case "closed":
+      finish(event.message, true);
+      if (asked.has("start")) setTimeout(startAgain, AGAIN_MS);
+      return;
     case "done": return finish("Done.");
   }
 }
@@ -167,6 +171,10 @@ async function startMicrophone() {
     media.getTracks().forEach((track) => track.stop());
     context.close();
   };
+}
+
+function startAgain() {
+  if (!$("mic").disabled) startMicrophone(); // unless somebody was quicker
 }
 
 async function startFile(file) {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import io
 import re
 import wave
 from importlib.resources import files
 from urllib.parse import urlsplit
 
+import av
 import browser
 import numpy as np
 import pytest
@@ -196,3 +198,60 @@ def test_a_lost_connection_is_made_again(oracle, tmp_path):
             tab.wait_for(f"{STATUS} === 'Done.'")
             assert tab.run(CAPTIONS).split() == WORDS
             assert chaos.n_cut >= 1
+
+
+CLEAR = {"r": 0, "g": 0, "b": 0, "a": 0}
+FORM = "document.querySelector('form')"
+
+
+def pixels(png: bytes):
+    """A screenshot -> (H, W, 4): red, green, blue, how much of it is there."""
+    with av.open(io.BytesIO(png)) as picture:
+        return next(picture.decode(video=0)).to_ndarray(format="rgba")
+
+
+@needs_browser
+def test_an_overlay(tiny, clip, tmp_path):
+    """Words alone over whatever is behind, by themselves; the controls come with the Tab key."""
+    from sparqle_stream.engine import Engine
+
+    name = write_wav(tmp_path / "clip.wav", np.clip(clip[: 16_000 * 8], -1, 1))
+    with (
+        Engine(tiny, EngineConfig(n_slots=2, threads=1)) as engine,
+        serving(engine) as url,
+        browser.open_page(fake_microphone=name) as tab,
+    ):
+        tab.call("Emulation.setDefaultBackgroundColorOverride", color=CLEAR)
+        tab.goto(f"{url.replace('ws', 'http', 1)}/?theme=transparent&start")
+        tab.wait_for(f"{CAPTIONS}.length > 5")
+        shown = pixels(tab.screenshot())
+        assert shown[0, 0, 3] == 0, "nothing is drawn where no words are"
+        assert shown[len(shown) // 2 :, :, 3].max() == 255
+        assert tab.run(f"{FORM}.offsetWidth") < 5
+        tab.press("Tab")
+        assert tab.run("document.activeElement.closest('form') !== null")
+        assert tab.run(f"{FORM}.offsetWidth") > 100, "out of reach"
+        top = tab.run(f"Math.round({FORM}.getBoundingClientRect().top)")
+        assert pixels(tab.screenshot())[top + 3, 450].tolist() == [0, 0, 0, 255], "on black"
+        tab.goto(f"{url.replace('ws', 'http', 1)}/?theme=transparent&start&contrast")
+        tab.wait_for(f"{CAPTIONS}.length > 5")
+        box = "getComputedStyle(document.getElementById('captions')).backgroundColor"
+        assert tab.run(box) == "rgb(0, 0, 0)"
+        assert tab.problems == []
+
+
+@needs_browser
+def test_an_overlay_without_a_key(oracle, tmp_path):
+    """It has no hands: what is wrong is shown, and it tries again until somebody types the key."""
+    name = write_wav(tmp_path / "talk.wav", testing.say(WORDS))
+    with (
+        serving(oracle, defaults=OFF, api_key="k") as url,
+        browser.open_page(fake_microphone=name) as tab,
+    ):
+        tab.goto(f"{url.replace('ws', 'http', 1)}/?theme=transparent&start")
+        tab.wait_for(f"{STATUS}.includes('did not accept')")
+        assert tab.run("document.querySelector('header').offsetHeight > 0")
+        tab.run("document.getElementById('key').focus()")
+        tab.call("Input.insertText", text="k")
+        tab.wait_for(f"{STATUS}.startsWith('Listening')")
+        assert tab.run("document.querySelector('header').offsetHeight") == 0

@@ -139,7 +139,13 @@ class Cluster:
             "PYTHONPATH": paths,
             "PYTHONWARNINGS": "ignore",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DEDUP_LOGS": "0",
+            # A machine that is busy with something else starts its parts late.
+            "RAY_agent_register_timeout_ms": "240000",
+            "RAY_worker_register_timeout_seconds": "240",
+            "RAY_gcs_server_request_timeout_seconds": "240",
+            "RAY_health_check_timeout_ms": "60000",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
             "OMP_NUM_THREADS": "1",
         }
         self._process = subprocess.Popen(

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from pipecat.frames.frames import EndFrame, InputAudioRawFrame, TranscriptionFrame
 from pipecat.pipeline.pipeline import Pipeline
-from pipecat.pipeline.runner import PipelineRunner
-from pipecat.pipeline.task import PipelineParams, PipelineTask
+from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.frame_processor import FrameProcessor
 from pipecat.services.openai.stt import OpenAIRealtimeSTTService
+from pipecat.workers.runner import WorkerRunner
 
 if TYPE_CHECKING:
     from pipecat.frames.frames import Frame
@@ -47,8 +47,12 @@ class Printer(FrameProcessor):
 
 
 def captions(url: str, key: str) -> OpenAIRealtimeSTTService:
-    """The service as it is; the server says where utterances begin and end."""
-    return OpenAIRealtimeSTTService(api_key=key, base_url=f"{url}/v1/realtime", turn_detection=None)
+    """The service with another address. The server says where utterances begin and end; without
+    `turn_detection` a VADProcessor of the pipeline does, and the service commits them."""
+    turns = {"type": "server_vad"}
+    return OpenAIRealtimeSTTService(
+        api_key=key, base_url=f"{url}/v1/realtime", turn_detection=turns
+    )
 
 
 async def caption(name: str, url: str, key: str) -> None:
@@ -57,13 +61,15 @@ async def caption(name: str, url: str, key: str) -> None:
     with wave.open(name) as sound:
         rate = sound.getframerate()
         params = PipelineParams(audio_in_sample_rate=rate)
-        task = PipelineTask(Pipeline([captions(url, key), printer]), params=params)
-        feeder = asyncio.create_task(_feed(task, sound, printer))
-        await PipelineRunner(handle_sigint=False).run(task)
+        worker = PipelineWorker(Pipeline([captions(url, key), printer]), params=params)
+        feeder = asyncio.create_task(_feed(worker, sound, printer))
+        runner = WorkerRunner()
+        await runner.add_workers(worker)
+        await runner.run()
         await feeder
 
 
-async def _feed(task: PipelineTask, sound: wave.Wave_read, printer: Printer) -> None:
+async def _feed(worker: PipelineWorker, sound: wave.Wave_read, printer: Printer) -> None:
     rate = sound.getframerate()
     n_block = int(rate * BLOCK_S)
     n_silent = int(SILENCE_S / BLOCK_S)
@@ -71,13 +77,13 @@ async def _feed(task: PipelineTask, sound: wave.Wave_read, printer: Printer) -> 
         if not data:
             n_silent -= 1
             data = bytes(2 * n_block)
-        await task.queue_frame(InputAudioRawFrame(data, rate, 1))
+        await worker.queue_frame(InputAudioRawFrame(data, rate, 1))
         await asyncio.sleep(len(data) / 2 / rate)
     heard_at = -1.0
     while heard_at != printer.heard_at:
         heard_at = printer.heard_at
         await asyncio.sleep(QUIET_S)
-    await task.queue_frame(EndFrame())
+    await worker.queue_frame(EndFrame())
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import argparse
 import difflib
 from typing import TYPE_CHECKING, NoReturn
 
-from sparqle_stream import __version__, serve_arguments
+from sparqle_stream import __version__, serve_arguments, tasks
 from sparqle_stream.config import EngineConfig, StreamOptions
 from sparqle_stream.errors import ConfigError
 
@@ -198,6 +198,19 @@ def _recognition(parser: Parser, *, is_remote: bool = False) -> None:
     )
 
 
+def _task(parser: Parser) -> None:
+    """Not for clients of a server, whose task is its own."""
+    add = parser.add_argument_group("task").add_argument
+    add(
+        "--task",
+        default=tasks.TRANSCRIBE,
+        metavar="TASK",
+        help=f"what to write: {', '.join(tasks.TASKS)}; a model says so if it was not trained for"
+        " it (default %(default)s)",
+    )
+    add("--to", default="", metavar="LANGUAGE", help="for --task translate: de, fr, zh ...")
+
+
 def _model(parser: Parser) -> None:
     default = EngineConfig()
     group = parser.add_argument_group("model and machine")
@@ -330,6 +343,7 @@ def _transcribe_parser(name: str) -> Parser:
     _microphone(parser)
     _output(parser)
     _recognition(parser)
+    _task(parser)
     _model(parser)
     _general(parser, has_config=True)
     parser.add_argument("--help-markdown", action="store_true", help=argparse.SUPPRESS)
@@ -339,6 +353,7 @@ def _transcribe_parser(name: str) -> Parser:
 def _demo_parser(name: str) -> Parser:
     parser = Parser(name, description="Live captions of the bundled clip at real-time pace.")
     _recognition(parser)
+    _task(parser)
     _model(parser)
     _general(parser, has_config=True)
     return parser
@@ -348,6 +363,7 @@ def _serve_parser(name: str) -> Parser:
     parser = Parser(name, description="Websocket server for many streams on one model.")
     serve_arguments.add_to(parser)
     _recognition(parser)
+    _task(parser)
     _model(parser)
     _general(parser, has_config=True)
     return parser

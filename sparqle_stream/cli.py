@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from sparqle_stream import __version__, arguments
+from sparqle_stream import __version__, arguments, tasks
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.errors import ConfigError, DeviceError, ModelError, SparqleError
 
@@ -117,7 +117,7 @@ def stream_options(args: Namespace) -> StreamOptions:
     return StreamOptions(
         chunk_ms=args.chunk_ms,
         delay_ms=args.delay_ms,
-        prompt=args.prompt,
+        prompt=tasks.with_instruction(tasks.name_of(args.task, args.to), args.prompt),
         vad=VadConfig(kind=args.vad, stop_ms=args.vad_stop),
     )
 
@@ -155,6 +155,7 @@ def load_engine(args: Namespace, n_slots: int = 1) -> Engine:
         _check_cuda()
     with _spinner(f"loading {args.model}"):
         model = models.load(args.model, llm=args.llm, dtype=args.dtype, device=args.compute)
+    tasks.require(tasks.name_of(args.task, args.to), model.cfg.tasks)
     return Engine(model, cfg)
 
 

@@ -231,6 +231,7 @@ class ModelConfig:
     """Shapes of one whole model; stored as JSON beside its weights."""
 
     name: str = "sparqle-base-en"
+    tasks: tuple[str, ...] = ("transcribe",)  # what it was trained for, by sparqle_stream.tasks
     features: FeatureConfig = field(default_factory=FeatureConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     ctc: CtcConfig = field(default_factory=CtcConfig)

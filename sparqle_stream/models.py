@@ -112,7 +112,9 @@ def config_from_json(cls: type[Any], raw: dict[str, Any], source: Path) -> Any: 
             hint="the model may need a newer sparqle-stream",
         )
     values = {
-        name: config_from_json(known[name], value, source) if is_dataclass(known[name]) else value
+        name: config_from_json(known[name], value, source)
+        if is_dataclass(known[name])
+        else (tuple(value) if isinstance(value, list) else value)
         for name, value in raw.items()
     }
     try:
@@ -134,6 +136,7 @@ def _read(folder: Path, source: str | Path) -> SparqleModel:
             f" {files.cfg.width}",
             hint="leave --llm out, or train a bridge for this LLM",
         )
+    files.state.update(weights.part(bridge, "llm"))  # of an LLM that was updated as a whole
     weights.merge_lora(files.state, weights.part(bridge, "lora"), float(beside["lora_scale"]))
     pieces, words = CtcPieces.load(folder / "pieces.json"), folder / "words.safetensors"
     model = SparqleModel(

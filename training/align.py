@@ -1,23 +1,44 @@
-"""CTC forced alignment: when does each word of a transcript end?
+"""CTC forced alignment: when does each word of a transcript end, and does it fit the audio at all?
 
 Viterbi over blank-interleaved pieces (Kürzinger et al., 2020, without the segmentation part).
-It runs on the posteriors that the streaming encoder gave for this very audio, so a word's end is
-the moment at which the engine could have known it.
+training.joint runs it on the posteriors that the streaming encoder gave for this very audio, so a
+word's end is the moment at which the engine could have known it. The command writes it down once,
+heard with full context:
+
+`python -m training.align PACK|FOLDER --ear EAR.safetensors --pieces PIECES.json [--resume]`
+
+makes words.jsonl beside the pack's index or the manifest: one object a recording with `id`, `score`
+(mean log-probability a frame), `is_poor` and `words`, [text, end in ms] each. Sources of a run with
+`skip_poor = true` leave out what is poor, and what could not be aligned.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
+from sparqle_stream.config import FRAMES_PER_CTC
 from sparqle_stream.ctc import BLANK, CtcPieces
 from training.text import spoken
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
+    from training.data import Floats
+
+WORDS = "words.jsonl"
+HEARD_AT_ONCE = 240  # recordings in memory
+CTC_FRAME_MS = FRAMES_PER_CTC * 20
+
+BAD_ALIGNMENT = -1.2  # mean log-probability a frame; below it the transcript is not this audio's
 CTC_EARLY_FRAMES = 1  # CTC peaks come about 50 ms before the end of a word (models.md 3.3)
 
 
@@ -27,6 +48,10 @@ class AlignedWord:
 
     text: str
     end_frame: int
+
+    @property
+    def end_ms(self) -> int:
+        return (self.end_frame + 1) * CTC_FRAME_MS
 
 
 def viterbi(log_probs: NDArray[np.float32], pieces: list[int]) -> tuple[NDArray[np.int64], float]:
@@ -80,3 +105,89 @@ def align_words(
             end = int(ends[used - 1]) + CTC_EARLY_FRAMES
         words.append(AlignedWord(word, min(end, len(log_probs) - 1)))
     return words, score
+
+
+def poor_ids(folder: Path) -> set[str] | None:
+    """What words.jsonl in a pack's folder marks as poor; None where there is no such file."""
+    if not (folder / WORDS).is_file():
+        return None
+    rows = map(json.loads, (folder / WORDS).read_text().splitlines())
+    return {row["id"] for row in rows if row["is_poor"]}
+
+
+def transcripts(source: Path) -> list[tuple[str, str, object]]:
+    """Id, text and a handle of everything that a pack or a manifest transcribes."""
+    from training import manifests
+    from training.corpus import Pack
+
+    if (source / "index.jsonl").is_file():
+        return [(c.id, c.text, c) for c in Pack(source).clips if c.text]
+    return [(r.id, r.text, r) for r in manifests.read(source)[1] if r.text]
+
+
+def recordings(source: Path, handles: list[object]) -> list[Floats]:
+    """PCM (S,) of some of `transcripts`."""
+    from training.corpus import Clip, Pack, decode_all
+    from training.manifests import Recording
+
+    clips = [h for h in handles if isinstance(h, Clip)]
+    if clips:
+        pack = Pack(source)
+        return [pack.pcm(clip) for clip in clips]
+    named = [h for h in handles if isinstance(h, Recording)]
+    return [pcm.astype(np.float32) / 32768 for _, pcm in decode_all(named)]
+
+
+def align(
+    source: Path, ear: Path, pieces: CtcPieces, chunk_frames: int, done: set[str], poor: float
+) -> Iterator[dict[str, object]]:
+    """Lines of words.jsonl for what is not `done`; chunk_frames 0 hears with full context."""
+    from training.hearing import load_ear, posteriors
+
+    encoder, head = load_ear(ear, pieces.size)
+    todo = [one for one in transcripts(source) if one[0] not in done]
+    bar = tqdm(total=len(todo), desc="align", unit="clip", disable=None)
+    for at in range(0, len(todo), HEARD_AT_ONCE):
+        part = todo[at : at + HEARD_AT_ONCE]
+        pcm = recordings(source, [handle for _, _, handle in part])
+        for i, log_probs in posteriors(encoder, head, pcm, chunk_frames):
+            words, score = align_words(log_probs.numpy(), part[i][1], pieces)
+            is_poor = not score >= poor
+            told = [] if score == -np.inf else [[w.text, w.end_ms] for w in words]
+            bar.update()
+            yield {
+                "id": part[i][0],
+                "score": None if score == -np.inf else round(score, 4),
+                "is_poor": is_poor,
+                "words": told,
+            }
+
+
+def main() -> None:
+    from training.errors import reported
+
+    parser = argparse.ArgumentParser(prog="python -m training.align", description=__doc__)
+    parser.add_argument("source", type=Path, help="a pack, or a folder or file with a manifest")
+    parser.add_argument("--ear", type=Path, required=True, help="weights of training.adapt")
+    parser.add_argument("--pieces", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help=f"(default: {WORDS} beside the manifest)")
+    parser.add_argument("--chunk-ms", type=int, default=0, help="0: full context (default)")
+    parser.add_argument("--poor", type=float, default=BAD_ALIGNMENT, help="(default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with what is not aligned yet")
+    args = parser.parse_args()
+    folder = args.source if args.source.is_dir() else args.source.parent
+    out = args.out or folder / WORDS
+    lines = out.read_text().splitlines() if args.resume and out.is_file() else []
+    known = [json.loads(line) for line in lines]
+    n, n_poor = len(known), sum(row["is_poor"] for row in known)
+    with reported(), out.open("a" if args.resume else "w") as file:
+        pieces, done = CtcPieces.load(args.pieces), {row["id"] for row in known}
+        for row in align(args.source, args.ear, pieces, args.chunk_ms // 20, done, args.poor):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            n, n_poor = n + 1, n_poor + bool(row["is_poor"])
+    print(f"{n} recordings, {n_poor} of them poor -> {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ run can be repeated; torchaudio is not needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sparqle_stream.config import FRAME_SAMPLES, SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError
+from training.codecs import any_codec
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Iterator
 
     from training.corpus import Clip, Pack
 
@@ -36,6 +36,7 @@ class Utterance:
     end: int
     text: str
     clip_id: str
+    targets: dict[str, str] = field(default_factory=dict)  # by task (training.tasks)
 
 
 @dataclass(slots=True)
@@ -64,6 +65,8 @@ class AugmentConfig:
     snr_high_db: float = 30.0
     telephone: float = 0.1
     room: float = 0.2
+    spec: float = 0.3  # SpecAugment, of batches
+    codec: float = 0.0  # mu-law, MP3 or Opus at a low rate (training.codecs)
 
 
 class Augmenter:
@@ -90,6 +93,8 @@ class Augmenter:
         if rng.random() < cfg.telephone:
             low = soxr.resample(out, SAMPLE_RATE_HZ, 8_000, quality="LQ")
             out = _fit(soxr.resample(low, 8_000, SAMPLE_RATE_HZ, quality="LQ"), len(pcm))
+        if cfg.codec and rng.random() < cfg.codec:  # no draw where there is none: old seeds hold
+            out = any_codec(np.clip(out, -1.0, 1.0), rng)
         # Half of the streams near full level, the rest anywhere in the range.
         low_db = cfg.gain_low_db if rng.random() < 0.5 else -6.0
         gain = 10 ** (rng.uniform(low_db, cfg.gain_high_db) / 20)
@@ -138,6 +143,7 @@ class StreamSampler:
                     hint="raise stream_s or leave the pack out",
                 )
         self.augment, self.rng, self.seconds = augment, augment.rng, seconds
+        self.shortest_s = max(min(clip.seconds for clip in clips) for _, clips, _ in sources)
         self.sources = [(pack, clips) for pack, clips, _ in sources]
         self.weights = [weight for _, _, weight in sources]
         self.queues: list[list[Clip]] = [[] for _ in sources]
@@ -149,12 +155,18 @@ class StreamSampler:
             self.queues[i] = self.rng.sample(clips, len(clips))
         return pack, self.queues[i].pop()
 
-    def stream(self) -> Stream:
-        """`seconds` of whole clips with pauses of 10 ms .. 1 s between them, mostly short ones."""
+    def stream(self, seconds: float = 0.0) -> Stream:
+        """Whole clips with pauses of 10 ms .. 1 s between them, mostly short ones, together of
+        `seconds` (0: the sampler's own). Raises ConfigError where no clip is that short."""
+        if 0 < seconds < self.shortest_s:
+            raise ConfigError(
+                f"no clip of a source fits into a stream of {seconds} s",
+                hint=f"let lengths_s begin at {self.shortest_s:.1f} or more",
+            )
         rng, said = self.rng, list[Utterance]()
         at = round(rng.uniform(0.05, 0.5) * SAMPLE_RATE_HZ)
         parts = [np.zeros(at, np.float32)]
-        limit = round(self.seconds * SAMPLE_RATE_HZ)
+        limit = round((seconds or self.seconds) * SAMPLE_RATE_HZ)
         while at < limit * 0.75:
             pack, clip = self._next_clip()
             pcm = self.augment.speed(pack.pcm(clip))
@@ -162,7 +174,7 @@ class StreamSampler:
                 if not said and len(pcm) > limit:
                     continue
                 break
-            said.append(Utterance(at, at + len(pcm), clip.text, clip.id))
+            said.append(Utterance(at, at + len(pcm), clip.text, clip.id, clip.targets))
             pause = np.zeros(round(rng.uniform(0.1, 1.0) ** 2 * SAMPLE_RATE_HZ), np.float32)
             parts += [pcm, pause]
             at += len(pcm) + len(pause)
@@ -176,9 +188,19 @@ class StreamSampler:
             out.append(self._next_clip()[1].text)
         return out
 
-    def batches(self, n_streams: int) -> Iterator[list[Stream]]:
-        while True:
-            yield [self.stream() for _ in range(n_streams)]
+    def batch(self, n_streams: int, lengths_s: tuple[float, ...] = ()) -> list[Stream]:
+        """`n_streams` of the sampler's seconds or, of a length drawn from `lengths_s`, as many as
+        make the same seconds of audio together: long streams cost no more memory than short ones.
+        """
+        if not lengths_s:
+            return [self.stream() for _ in range(n_streams)]
+        seconds = self.rng.choice(lengths_s)
+        return [self.stream(seconds) for _ in range(n_fitting(n_streams * self.seconds, seconds))]
+
+
+def n_fitting(total_s: float, seconds: float) -> int:
+    """How many streams of `seconds` make `total_s` of audio, one at least."""
+    return max(1, int(total_s / seconds + 1e-6))
 
 
 def stack(streams: list[Stream], which: str) -> Tensor:

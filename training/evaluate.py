@@ -14,15 +14,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from sparqle_stream import features
-from sparqle_stream.config import CtcConfig, EncoderConfig, FeatureConfig
-from sparqle_stream.ctc import CtcHead, CtcPieces, greedy_path
-from sparqle_stream.encoder import Encoder
+from sparqle_stream.ctc import CtcPieces, greedy_path
 from training.corpus import Clip, Pack
-from training.data import Stream, stack
+from training.errors import reported
+from training.hearing import load_ear, posteriors
+from training.place import is_bf16_fast
 
 
 def error_rates(references: list[str], hypotheses: list[str]) -> dict[str, float]:
@@ -45,28 +43,18 @@ def error_rates(references: list[str], hypotheses: list[str]) -> dict[str, float
     }
 
 
-@torch.no_grad()
 def greedy_texts(
     weights: Path, pieces: CtcPieces, pack: Pack, clips: list[Clip], chunk_frames: int
 ) -> list[str]:
     """Greedy CTC text of every clip; chunk_frames 0 is full context."""
-    ear = load_file(weights)
-    encoder, ctc = Encoder(EncoderConfig()), CtcHead(CtcConfig(n_pieces=pieces.size))
-    for name, module in (("encoder", encoder), ("ctc", ctc)):
-        part = {k[len(name) + 1 :]: v for k, v in ear.items() if k.startswith(name + ".")}
-        module.load_state_dict(part)
-    encoder.bfloat16().eval()
-    order = sorted(range(len(clips)), key=lambda i: clips[i].length)
+    encoder, head = load_ear(weights, pieces.size)
+    if is_bf16_fast(torch.device("cpu")):
+        encoder.bfloat16()
+    recordings = [pack.pcm(clip) for clip in clips]
+    heard = posteriors(encoder, head, recordings, chunk_frames)
     texts = [""] * len(clips)
-    for at in tqdm(range(0, len(order), 12), desc="ear", unit="batch", disable=None):
-        batch = order[at : at + 12]
-        streams = [Stream(pack.pcm(clips[i]), pack.pcm(clips[i]), []) for i in batch]
-        everyone = torch.ones(len(batch), dtype=torch.bool)
-        state = features.init_state(FeatureConfig(), len(batch))
-        mel = features.step(FeatureConfig(), state, stack(streams, "clean"), everyone)[1]
-        frames = encoder.forward_train(mel, chunk_frames, 256, torch.zeros(len(batch)).long())
-        for i, row in zip(batch, ctc(frames), strict=True):
-            texts[i] = pieces.decode([piece for _, piece in greedy_path(row)])
+    for i, row in tqdm(heard, desc="ear", unit="clip", total=len(clips), disable=None):
+        texts[i] = pieces.decode([piece for _, piece in greedy_path(row)])
     return texts
 
 
@@ -113,7 +101,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take each n-th clip")
     parser.add_argument("--show", type=int, default=0, help="print this many pairs")
     args = parser.parse_args()
-    print(json.dumps((ear if args.what == "ear" else stream)(args)))
+    with reported():
+        print(json.dumps((ear if args.what == "ear" else stream)(args)))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sparqle_stream.artifacts import sha256
 from sparqle_stream.config import CtcConfig, ModelConfig, QFormerConfig, WriterConfig
-from sparqle_stream.ctc import CtcPieces
+from sparqle_stream.errors import ConfigError
+from sparqle_stream.tasks import TRANSCRIBE, name_of
+from sparqle_stream.weights import part, read_safetensors, whisper_config
+from training.errors import reported
+from training.lora import LORA_SCALE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +41,25 @@ def compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export(
-    out: Path, ear: Path, bridge: Path, pieces: Path, words: Path | None, writer: WriterConfig
+    out: Path,
+    ear: Path,
+    bridge: Path,
+    pieces: Path,
+    words: Path | None,
+    writer: WriterConfig,
+    tasks: tuple[str, ...] = (TRANSCRIBE,),
 ) -> None:
+    """Writes the folder `out`. Raises ConfigError for tasks that could not be done with it."""
+    for task in tasks:
+        name_of(*task.split(" to "))
+    if words is not None and tasks != (TRANSCRIBE,):
+        raise ConfigError(
+            "with a lexicon only what was said can be written", hint="leave --words out"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    heard, trained = load_file(ear), load_file(bridge)
-    encoder = {k.removeprefix("encoder."): v for k, v in heard.items() if k.startswith("encoder.")}
-    head = {k: v for k, v in heard.items() if k.startswith("ctc.")}
+    heard, trained = read_safetensors(ear), read_safetensors(bridge)
+    encoder, head = part(heard, "encoder"), {k: v for k, v in heard.items() if k.startswith("ctc.")}
+    cfg = replace(shapes(encoder, head, trained), name=out.name, tasks=tasks, writer=writer)
     save_file(compact(encoder), out / "encoder.safetensors")
     save_file(compact(head | trained), out / "bridge.safetensors")
     shutil.copyfile(pieces, out / "pieces.json")
@@ -50,18 +67,32 @@ def export(
     if words is not None:
         shutil.copyfile(words, out / "words.safetensors")
         stored.append("words.safetensors")
-    kind = "window" if "qformer.queries" in trained else "stack"
-    n_pieces = CtcPieces.load(pieces).size
-    cfg = replace(
-        ModelConfig(),
-        name=out.name,
-        ctc=CtcConfig(n_pieces=n_pieces),
-        qformer=QFormerConfig(kind=kind, n_pieces=n_pieces),
-        writer=writer,
-    )
     hashes = {name: sha256(out / name) for name in stored}  # what `models verify` compares
-    extra = {"lora_scale": 2.0, "sha256": hashes}
+    extra = {"lora_scale": LORA_SCALE, "sha256": hashes}
     (out / "config.json").write_text(json.dumps(asdict(cfg) | extra, indent=1) + "\n")
+
+
+def shapes(
+    encoder: dict[str, Tensor], head: dict[str, Tensor], trained: dict[str, Tensor]
+) -> ModelConfig:
+    """The config of weights that training made, by their shapes."""
+    width, n_pieces = encoder["conv1.weight"].shape[0], len(head["ctc.out.bias"])
+    layers = {name.split(".")[2] for name in trained if name.startswith("qformer.layers.")}
+    llm_width, own_width = trained["qformer.out.weight"].shape
+    return replace(
+        ModelConfig(),
+        encoder=whisper_config(encoder),
+        ctc=CtcConfig(width, len(head["ctc.hidden.bias"]), n_pieces),
+        qformer=replace(
+            QFormerConfig(),
+            kind="window" if "qformer.queries" in trained else "stack",
+            width=own_width,
+            n_layers=len(layers) or QFormerConfig().n_layers,
+            encoder_width=width,
+            llm_width=llm_width,
+            n_pieces=n_pieces,
+        ),
+    )
 
 
 def main() -> None:
@@ -74,9 +105,13 @@ def main() -> None:
     for name in ("llm_weight", "stop_threshold", "mark_odds"):
         default = getattr(WriterConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
+    parser.add_argument(
+        "--tasks", nargs="+", default=[TRANSCRIBE], help='such as transcribe "translate to de"'
+    )
     args = parser.parse_args()
-    writer = WriterConfig(args.llm_weight, args.stop_threshold, args.mark_odds)
-    export(args.out, args.ear, args.bridge, args.pieces, args.words, writer)
+    writer, tasks = WriterConfig(args.llm_weight, args.stop_threshold, args.mark_odds), args.tasks
+    with reported():
+        export(args.out, args.ear, args.bridge, args.pieces, args.words, writer, tuple(tasks))
     size = sum(p.stat().st_size for p in args.out.iterdir()) / 1e6
     print(f"{args.out}: {size:.1f} MB")
 

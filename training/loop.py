@@ -2,6 +2,10 @@
 
 A run is seeded, writes one JSON object a step to log.jsonl, saves every few minutes and at the end,
 and goes on from last.pt with `--resume`. Rates come from the config, not from the checkpoint.
+
+A batch has `accumulate` shares, each drawn from a feed of its own, whose gradients are averaged. A
+process alone takes them one after another, several processes (`accelerate launch`) share them out:
+the same batches, and so the same losses, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -19,13 +23,20 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from sparqle_stream.errors import ConfigError
+from training.errors import reported
+from training.place import HERE, Place
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
     from torch import Tensor
 
+    from training.sources import Feed
+
 LOWEST_RATE = 0.02  # of the peak, at the end
+SUMMED = ("audio_s", "rows")  # of a step's shares; other values are averaged
 
 
 def part(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -50,17 +61,23 @@ def _stopped_by_signals(run: Run) -> Iterator[None]:
 
 
 class Run(ABC):
-    """One training. A subclass makes its modules and calls `ready` with parameter groups.
-
-    Every group has a `peak` learning rate.
+    """One training. A subclass makes its modules on `place` and calls `ready` with parameter
+    groups, each of which has a `peak` learning rate.
     """
 
     name = "run"  # of the progress bar
     result = "weights.safetensors"  # the averaged weights, in the work folder
     shown: tuple[str, ...] = ()  # values of a step that the progress bar shows
+    most_norm = 1.0  # at which gradients are clipped
 
-    def __init__(self, steps: int, ema: float) -> None:
+    def __init__(self, steps: int, ema: float, accumulate: int = 1, place: Place = HERE) -> None:
+        if accumulate < 1 or accumulate % place.n_processes:
+            raise ConfigError(
+                f"{place.n_processes} processes cannot share {accumulate} parts of a batch",
+                hint="let accumulate be a multiple of the number of processes",
+            )
         self.step, self.n_steps, self.ema = 0, steps, ema
+        self.accumulate, self.place, self.is_stopped = accumulate, place, False
 
     def ready(self, groups: list[dict[str, Any]]) -> None:
         self.params = [p for group in groups for p in group["params"]]
@@ -76,22 +93,65 @@ class Run(ABC):
         """Takes weights of a checkpoint."""
 
     @abstractmethod
-    def seed(self) -> None:
-        """Begins the random choices that follow `self.step`."""
+    def make_feed(self, share: int) -> Feed:
+        """The random choices of one share of the batches that follow `self.step`."""
 
     @abstractmethod
-    def train_step(self) -> dict[str, float]:
-        """One batch, ending in `learn`; what goes into the log."""
+    def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one share, from `self.rng` and `self.sampler`, and what goes into the log.
+
+        A loss without a gradient teaches nothing.
+        """
 
     @abstractmethod
     def warm_up(self, group: int) -> float:
         """Share of the peak rate that a parameter group has reached at `self.step`."""
 
-    def learn(self, loss: Tensor, most: float) -> float:
-        """Backward, clipping at norm `most`, one optimizer step; returns the norm before it."""
+    def seed(self) -> None:
+        """Begins the random choices that follow `self.step`."""
+        shares = range(self.place.index, self.accumulate, self.place.n_processes)
+        self.feeds = [self.make_feed(share) for share in shares]
+        self._use(self.feeds[0])
+
+    def _use(self, feed: Feed) -> None:
+        self.rng, self.sampler = feed.rng, feed.sampler
+
+    def train_step(self) -> dict[str, float]:
+        """One update from all shares of a batch; what goes into the log."""
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.params if p.grad is not None], most)
+        total: dict[str, float] = {}
+        for feed in self.feeds:
+            self._use(feed)
+            loss, row = self.batch_loss()
+            if loss.requires_grad:
+                torch.autograd.backward(loss / self.accumulate)
+            total = {key: total.get(key, 0.0) + value for key, value in row.items()}
+        if self.place.n_processes > 1:
+            total = self._exchange(total)
+        row = {k: v if k in SUMMED else v / self.accumulate for k, v in total.items()}
+        return row | {"norm": self._update()}
+
+    def _exchange(self, row: dict[str, float]) -> dict[str, float]:
+        """Sums gradients, the values of `row` and the wish to stop over all processes."""
+        device = self.place.device
+        grads = [p.grad for p in self.params]
+        told = [*(g is not None for g in grads), self.is_stopped, *row.values()]
+        flat = [
+            (torch.zeros_like(p) if g is None else g).flatten().float()
+            for p, g in zip(self.params, grads, strict=True)
+        ]
+        sums = self.place.sum(torch.cat([torch.tensor(told, device=device).float(), *flat]))
+        heads, rest = sums[: len(told)].tolist(), sums[len(told) :]
+        parts = torch.split(rest, [p.numel() for p in self.params])
+        for p, has_grad, grad in zip(self.params, heads, parts, strict=False):
+            p.grad = grad.view_as(p).to(p.dtype) if has_grad else None
+        self.is_stopped = heads[len(grads)] > 0
+        return dict(zip(row, heads[len(grads) + 1 :], strict=True))
+
+    def _update(self) -> float:
+        """Clipping, one optimizer step, the moving average; returns the norm before clipping."""
+        learning = [p for p in self.params if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(learning, self.most_norm)
         left = max(LOWEST_RATE, 1 - self.step / self.n_steps)
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = group["peak"] * self.warm_up(i) * left
@@ -118,10 +178,11 @@ class Run(ABC):
         }
         torch.save(state, work / "last.tmp")
         (work / "last.tmp").rename(work / "last.pt")
-        save_file({k: v.contiguous() for k, v in self.average.items()}, work / self.result)
+        averaged = {k: v.cpu().contiguous() for k, v in self.average.items()}
+        save_file(averaged, work / self.result)
 
     def resume(self, work: Path) -> None:
-        state = torch.load(work / "last.pt", weights_only=True)
+        state = torch.load(work / "last.pt", weights_only=True, map_location=self.place.device)
         self.step, self.average = state["step"], state["average"]
         self.load(state["weights"])
         peaks = [group["peak"] for group in self.optimizer.param_groups]
@@ -129,36 +190,86 @@ class Run(ABC):
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
             group["peak"] = peak
 
-    def run(self, work: Path, *, resume: bool, save_every_s: float = 180.0) -> None:
+    def run(
+        self, work: Path, *, resume: bool, save_every_s: float = 180.0, tensorboard: bool = False
+    ) -> None:
         """All steps that are left; Ctrl-C and SIGTERM end it after a step, saved."""
         if resume and (work / "last.pt").exists():
             self.resume(work)
         self.seed()
-        work.mkdir(parents=True, exist_ok=True)
-        saved = time.monotonic()
-        self.is_stopped = False
-        with _stopped_by_signals(self), (work / "log.jsonl").open("a") as log:
-            bar = tqdm(range(self.step, self.n_steps), desc=self.name, unit="step", mininterval=5)
+        is_main = self.place.index == 0
+        with _stopped_by_signals(self), _log(work, is_main, tensorboard) as write:
+            saved = time.monotonic()
+            bar = tqdm(
+                range(self.step, self.n_steps),
+                desc=self.name,
+                unit="step",
+                mininterval=5,
+                initial=self.step,
+                total=self.n_steps,
+                disable=not is_main,
+            )
             for _ in bar:
                 began = time.monotonic()
                 row = self.train_step()
                 row |= {"step": self.step, "seconds": time.monotonic() - began}
-                log.write(json.dumps(row) + "\n")
-                log.flush()
+                write(row)
                 bar.set_postfix({key: f"{row[key]:.2f}" for key in self.shown})
-                if time.monotonic() - saved > save_every_s:
+                if is_main and time.monotonic() - saved > save_every_s:
                     self.save(work)
                     saved = time.monotonic()
                 if self.is_stopped:
                     break
-        self.save(work)
+            if is_main:
+                self.save(work)
+        self.place.wait()
 
 
-def main(name: str, about: str | None, make: Callable[[Path], Run]) -> None:
-    """The command line of `python -m training.NAME`; `make` reads the config."""
+@contextmanager
+def _log(
+    work: Path, is_main: bool, tensorboard: bool
+) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Writes a step's values to log.jsonl and, if asked for, for TensorBoard; others write none."""
+    if not is_main:
+        yield lambda row: None
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    board = _board(work) if tensorboard else None
+    with (work / "log.jsonl").open("a") as log:
+
+        def write(row: dict[str, float]) -> None:
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            if board:
+                for key in sorted(row.keys() - {"step"}):
+                    board.add_scalar(key, row[key], row["step"])
+
+        try:
+            yield write
+        finally:
+            if board:
+                board.close()
+
+
+def _board(work: Path) -> Any:  # noqa: ANN401 - tensorboard is optional
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as err:
+        raise ConfigError(
+            "--tensorboard needs tensorboard", hint="pip install tensorboard, or read log.jsonl"
+        ) from err
+    return SummaryWriter(str(work / "tensorboard"))  # type: ignore[no-untyped-call]
+
+
+def main(name: str, about: str | None, make: Callable[[Path, str], Run]) -> None:
+    """The command line of `python -m training.NAME`; `make` reads the config for a device."""
     parser = argparse.ArgumentParser(prog=f"python -m training.{name}", description=about)
     parser.add_argument("config", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and log.jsonl")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tensorboard", action="store_true", help="curves beside log.jsonl")
     args = parser.parse_args()
-    make(args.config).run(args.work, resume=args.resume)
+    with reported():
+        run = make(args.config, args.device)
+        run.run(args.work, resume=args.resume, tensorboard=args.tensorboard)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from sparqle_stream.llm import Llm
 
+LORA_SCALE = 2.0  # stored beside the weights by export
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -29,7 +30,7 @@ class LoraLinear(nn.Module):
         return torch.addmm(whole.flatten(0, -2), low, b.t()).view_as(whole)
 
 
-def attach(llm: Llm, rank: int, scale: float = 2.0) -> dict[str, LoraLinear]:
+def attach(llm: Llm, rank: int, scale: float = LORA_SCALE) -> dict[str, LoraLinear]:
     """Puts adapters around every target layer; returns them by 'layers.i.attn.q_proj' names."""
     adapters = {}
     for i, layer in enumerate(llm.layers):

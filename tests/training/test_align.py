@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparqle_stream.ctc import BLANK, greedy_path
-from training.align import CTC_EARLY_FRAMES, align_words, viterbi
+from sparqle_stream.errors import ConfigError
+from training import align
+from training.align import BAD_ALIGNMENT, CTC_EARLY_FRAMES, align_words, viterbi
+from training.corpus import Pack
+from training.sources import Source, clips_of
 from training.text import train_pieces
 
 
@@ -128,4 +134,84 @@ def test_no_word_ends_after_the_audio(pieces):
 def test_the_wrong_text_scores_worse(pieces):
     log_probs, _ = say(pieces, [("the", 3), ("dogs", 3), ("sat", 3)], pieces.size)
     right, wrong = (align_words(log_probs, t, pieces)[1] for t in ("the dogs sat", "off exulting"))
-    assert right > -0.1 > -1.2 > wrong  # training.joint.BAD_ALIGNMENT is -1.2
+    assert right > -0.1 > BAD_ALIGNMENT > wrong
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spelled(pieces, monkeypatch, tmp_path):
+    """A pack of three recordings, and an ear that hears 'the dogs sat' in each of them."""
+    from training import hearing
+    from training.corpus import PackWriter
+
+    log_probs, ends = say(pieces, [("the", 3), ("dogs", 3), ("sat", 3)], pieces.size)
+    writer = PackWriter(tmp_path)
+    for name, text in (("right", "The dogs sat."), ("wrong", "off exulting"), ("none", "")):
+        facts = {"speaker": "s", "corpus": "c", "licence": "l"}
+        writer.add(np.zeros(640 * len(log_probs), np.int16), id=name, text=text, **facts)
+    writer.close()
+    monkeypatch.setattr(hearing, "load_ear", lambda path, n_pieces: (None, None))
+    heard = torch.from_numpy(log_probs)
+    monkeypatch.setattr(
+        hearing, "posteriors", lambda e, h, pcm, chunk: ((i, heard) for i in range(len(pcm)))
+    )
+    pieces.tokenizer.save(str(tmp_path / "pieces.json"))
+    return tmp_path, ends
+
+
+def run_align(monkeypatch, folder, *more):
+    files = ["--ear", "ear", "--pieces", str(folder / "pieces.json")]
+    monkeypatch.setattr(sys, "argv", ["align", str(folder), *files, *more])
+    align.main()
+    rows = [json.loads(line) for line in (folder / align.WORDS).read_text().splitlines()]
+    return {row["id"]: row for row in rows}
+
+
+def test_word_ends_are_written_beside_the_pack(spelled, monkeypatch, capsys):
+    folder, ends = spelled
+    rows = run_align(monkeypatch, folder)
+    assert rows.keys() == {"right", "wrong"}  # nothing is known of the third
+    expected = [(end + CTC_EARLY_FRAMES + 1) * 40 for end in ends]
+    assert rows["right"]["words"] == [
+        [text, end] for text, end in zip(["The", "dogs", "sat."], expected, strict=True)
+    ]
+    assert (rows["right"]["is_poor"], rows["wrong"]["is_poor"]) == (False, True)
+    assert rows["right"]["score"] > -0.1 > BAD_ALIGNMENT > rows["wrong"]["score"]
+    assert "2 recordings, 1 of them poor" in capsys.readouterr().out
+
+
+def test_a_source_leaves_out_what_is_poor(spelled, monkeypatch):
+    folder, _ = spelled
+    source = Source(str(folder), skip_poor=True)
+    with pytest.raises(ConfigError, match=r"no words.jsonl"):
+        clips_of(source, Pack(folder))
+    run_align(monkeypatch, folder)
+    assert [clip.id for clip in clips_of(source, Pack(folder))] == ["right"]
+    assert len(clips_of(Source(str(folder)), Pack(folder))) == 2
+
+
+def test_aligning_goes_on_where_it_stopped(spelled, monkeypatch):
+    folder, _ = spelled
+    whole = run_align(monkeypatch, folder)
+    first = (folder / align.WORDS).read_text().splitlines()[0]
+    (folder / align.WORDS).write_text(first + "\n")
+    assert run_align(monkeypatch, folder, "--resume") == whole
+
+
+def test_a_manifest_is_aligned_too(tmp_path):
+    """Transcripts and PCM of a folder with manifest.jsonl, nothing decoded before it is needed."""
+    import wave
+
+    with wave.open(str(tmp_path / "a.wav"), "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(16_000)
+        out.writeframes(np.full(1600, 8192, np.int16).tobytes())
+    rows = [{"id": "a", "audio": "a.wav", "text": "so"}, {"id": "b", "audio": "no", "text": ""}]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    ((name, text, handle),) = align.transcripts(tmp_path)
+    assert (name, text) == ("a", "so")
+    (pcm,) = align.recordings(tmp_path, [handle])
+    np.testing.assert_array_equal(pcm, np.full(1600, 0.25, np.float32))

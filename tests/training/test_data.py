@@ -83,9 +83,7 @@ def test_weights_choose_the_source(pack, noise):
 
 def test_the_same_seed_gives_the_same_batches(pack, noise):
     cfg = AugmentConfig(speed=1.0, noise=1.0, telephone=1.0, room=1.0)
-    first, again, other = (
-        next(sampler(pack, seed, cfg=cfg, noise=noise).batches(2)) for seed in (5, 5, 6)
-    )
+    first, again, other = (sampler(pack, seed, cfg=cfg, noise=noise).batch(2) for seed in (5, 5, 6))
     for a, b, c in zip(first, again, other, strict=True):
         np.testing.assert_array_equal(a.noisy, b.noisy)
         assert a.utterances == b.utterances
@@ -96,6 +94,24 @@ def test_a_source_without_a_clip_that_fits_is_refused(pack):
     """Drawing for ever from clips that are all too long would hang the run without a word."""
     with pytest.raises(ConfigError, match=r"no clip of .*speech fits into a stream of 0.4 s"):
         sampler(pack, seconds=0.4)
+
+
+def test_batches_of_several_lengths_hold_the_same_audio(pack):
+    """12 s in all: 4 streams of 3 s, 2 of 6 s or 1 of 12 s, each full of whole clips."""
+    made, seen = sampler(pack, seconds=6.0), set()
+    for _ in range(30):
+        batch = made.batch(2, (3.0, 6.0, 12.0))
+        (n,) = {len(stream.clean) for stream in batch}
+        assert len(batch) * n == 12 * RATE_HZ
+        assert all(u.end <= n for stream in batch for u in stream.utterances)
+        assert all(stream.utterances for stream in batch)
+        seen.add(n // RATE_HZ)
+    assert seen == {3, 6, 12}
+
+
+def test_a_length_that_holds_no_clip_is_refused(pack):
+    with pytest.raises(ConfigError, match=r"stream of 0.4 s"):
+        sampler(pack).batch(2, (0.4,))
 
 
 def test_a_stream_is_transcribed_when_all_of_it_is():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sparqle_stream.artifacts import sha256
 from sparqle_stream.config import ModelConfig, WriterConfig
 from sparqle_stream.ctc import CtcPieces
+from sparqle_stream.errors import ConfigError
 from sparqle_stream.models import config_from_json
 from training.export import compact, export
 from training.text import train_pieces
@@ -36,15 +38,21 @@ def test_matrices_are_halved_and_small_tensors_are_kept():
 
 @pytest.mark.parametrize("kind", ["window", "stack"])
 def test_a_folder_holds_every_part_once(tmp_path, kind):
-    ear = {"encoder.ln_post.weight": torch.ones(4), "ctc.out.bias": torch.zeros(3)}
+    pieces = train_pieces(["the cat sat on the mat"], 36, tmp_path / "pieces.json")
+    ear = {
+        "encoder.conv1.weight": torch.ones(512, 80, 3),
+        **{f"encoder.blocks.{i}.out.bias": torch.zeros(512) for i in range(6)},
+        "ctc.hidden.bias": torch.zeros(512),
+        "ctc.out.bias": torch.zeros(pieces.size),
+    }
     bridge = {
+        "qformer.out.weight": torch.zeros(576, 512),
         "stop.weight": torch.full((1, 4), 0.5),
         "lora.layers.0.attn.q_proj.a": torch.ones(2, 4),
         f"qformer.{'queries' if kind == 'window' else 'stack.weight'}": torch.ones(2, 4),
     }
     save_file(ear, tmp_path / "ear.safetensors")
     save_file(bridge, tmp_path / "bridge.safetensors")
-    pieces = train_pieces(["the cat sat on the mat"], 36, tmp_path / "pieces.json")
     (tmp_path / "words.safetensors").write_bytes(b"words")
     out = tmp_path / "my-model"
     export(
@@ -56,8 +64,8 @@ def test_a_folder_holds_every_part_once(tmp_path, kind):
         WriterConfig(llm_weight=2.0),
     )
     encoder, rest = (load_file(out / f"{name}.safetensors") for name in ("encoder", "bridge"))
-    assert encoder.keys() == {"ln_post.weight"}
-    assert rest.keys() == bridge.keys() | {"ctc.out.bias"}
+    assert encoder.keys() == {k.removeprefix("encoder.") for k in ear if k[0] == "e"}
+    assert rest.keys() == bridge.keys() | {"ctc.out.bias", "ctc.hidden.bias"}
     raw = json.loads((out / "config.json").read_text())
     assert raw.pop("lora_scale") == 2.0
     hashes = raw.pop("sha256")
@@ -67,4 +75,15 @@ def test_a_folder_holds_every_part_once(tmp_path, kind):
     assert cfg.writer == WriterConfig(llm_weight=2.0)
     assert cfg.ctc.n_pieces == cfg.qformer.n_pieces == pieces.size
     assert cfg.encoder == ModelConfig().encoder
+    assert cfg.qformer == replace(ModelConfig().qformer, kind=kind, n_pieces=pieces.size)
+    assert cfg.tasks == ("transcribe",)
     assert CtcPieces.load(out / "pieces.json").encode("the cat") == pieces.encode("the cat")
+
+
+def test_a_lexicon_goes_with_transcription_only(tmp_path):
+    """Beside it only heard words can be written: a translation would never come."""
+    some = tmp_path / "x"
+    with pytest.raises(ConfigError, match="with a lexicon"):
+        export(some, some, some, some, some, WriterConfig(), ("transcribe", "translate to de"))
+    with pytest.raises(ConfigError, match="unknown task 'sing'"):
+        export(some, some, some, some, None, WriterConfig(), ("sing",))

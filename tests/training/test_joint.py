@@ -14,11 +14,15 @@ from hypothesis import strategies as st
 
 from sparqle_stream import llm as llm_stage
 from sparqle_stream.config import QUERY_MS, LlmConfig
+from sparqle_stream.errors import ConfigError
 from sparqle_stream.llm import Llm
 from sparqle_stream.writer import Greedy
 from training import joint
+from training.bridge import JointConfig, load_config
 from training.data import Stream, Utterance
-from training.joint import JointConfig, Trainer, interleave
+from training.joint import Trainer
+from training.place import HERE
+from training.rows import Row, interleave, merged
 
 CONFIGS = Path(joint.__file__).parent / "configs"
 PREFIX = [1, 7, 9]
@@ -160,7 +164,7 @@ def make_trainer(llm, **options):
     """A trainer without its files: what makes rows and losses needs the LLM only."""
     trainer = object.__new__(Trainer)
     trainer.cfg = JointConfig("", "", "", (), **options)
-    trainer.rng = random.Random(0)
+    trainer.rng, trainer.place = random.Random(0), HERE
     tokenizer = SimpleNamespace(bos_id=1, encode=lambda text: [10 + ord(c) % 50 for c in text])
     trainer.bridge = SimpleNamespace(llm=llm, stop=llm.stop if llm else None, tokenizer=tokenizer)
     return trainer
@@ -193,9 +197,7 @@ def test_the_served_text_is_what_the_row_would_teach(llm):
     text, stop, right = make_trainer(llm, corrupt_tokens=0.0).losses(queries, rows)
     assert right == 1.0
     assert stop.item() < 0.05
-    wrong = [
-        joint.Row(r.items, r.text_at, r.text_ids, r.stop_at, [1 - s for s in r.stop]) for r in rows
-    ]
+    wrong = [Row(r.items, r.text_at, r.text_ids, r.stop_at, [1 - s for s in r.stop]) for r in rows]
     assert make_trainer(llm, corrupt_tokens=0.0).losses(queries, wrong)[1].item() > 10.0
 
 
@@ -338,6 +340,79 @@ def test_blurred_posteriors_are_posteriors():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("joint*.toml")), ids=lambda p: p.name)
 def test_shipped_configs_can_be_read(path):
-    cfg = joint.load_config(path)
+    cfg = load_config(path)
     assert cfg.sources
     assert all(64 % n == 0 and n % 4 == 0 for n in cfg.chunks)  # rows are whole chunks
+
+
+# --- tasks and comparisons -----------------------------------------------------------------------
+
+
+def question(*targets, at=16_000):
+    pcm = np.zeros(1, np.float32)
+    said = [Utterance(0, at * (i + 1), "so", "a", dict(t)) for i, t in enumerate(targets)]
+    return Stream(pcm, pcm, said)
+
+
+def test_a_task_is_drawn_where_all_that_is_said_has_its_target():
+    german = {"translate to de": "so ist es"}
+    trainer = make_trainer(None, tasks=("transcribe", "translate to de", "answer"))
+    drawn = {trainer.draw_task(question(german, german)) for _ in range(40)}
+    assert drawn == {"transcribe", "translate to de"}
+    assert trainer.draw_task(question(german, {})) == "transcribe"
+    assert trainer.draw_task(question()) == "transcribe"  # noise: nothing is to be said in it
+    only = make_trainer(None, tasks=("answer",))
+    assert only.draw_task(question({"answer": "yes"})) == "answer"
+
+
+def test_a_translation_is_due_when_the_utterance_is_over():
+    trainer = make_trainer(None, tasks=("translate to de",), p_seam=0.0)
+    stream = question({"translate to de": "so ist"}, {"translate to de": "ja"})
+    words = trainer.place_target(stream, "translate to de")
+    encode = trainer.bridge.tokenizer.encode
+    assert words == [(encode(" so"), 1000), (encode(" ist"), 1000), (encode(" ja"), 2000)]
+    told = set()
+    for _ in range(60):
+        row = trainer.make_row(words, 40, 16, 240, "translate to de")
+        n_prefix = [kind for kind, _ in row.items].index("q")
+        told.add(tuple(i for _, i in row.items[1 : n_prefix - 1]))
+    served = pipeline_prefix(trainer, "Translate into German:")
+    assert tuple(served[1:-1]) in told
+    assert len(told) == 4  # and three paraphrases
+
+
+def pipeline_prefix(trainer, prompt):
+    """What the engine puts before the audio of a stream with this prompt."""
+    from sparqle_stream import pipeline
+
+    return pipeline.prefix_ids(SimpleNamespace(tokenizer=trainer.bridge.tokenizer), prompt)
+
+
+def test_merged_queries_are_sums_in_the_place_of_the_last():
+    words = spoken_words([100, 500, 900])
+    row = interleave(words, 8, 4, 0, PREFIX)
+    queries = torch.arange(8.0).view(1, 8, 1).repeat(1, 1, 2)
+    half, (short,) = merged(queries, [row], 2)
+    assert half[0, :, 0].tolist() == [1.0, 5.0, 9.0, 13.0]
+    assert [value for kind, value in short.items if kind == "q"] == [0, 1, 2, 3]
+    assert [x for x in short.items if x[0] == "t"] == [x for x in row.items if x[0] == "t"]
+    assert [short.items[at + 1] for at in short.text_at] == [("t", i) for i in row.text_ids]
+    assert (short.text_ids, short.stop) == (row.text_ids, row.stop)
+    assert short.stop_at[-1] == len(short.items) - 1
+    assert merged(queries, [row], 1) == (queries, [row])
+
+
+def test_sinks_are_pauses_before_the_audio():
+    row = make_trainer(None, p_seam=0.0, sinks=3).make_row([], 4, 16, 240)
+    pause = [10 + ord(c) % 50 for c in " ..."]
+    assert [i for kind, i in row.items if kind == "t"] == [1, 10 + ord("\n") % 50, *3 * pause]
+
+
+def test_comparisons_are_no_models_to_serve():
+    assert JointConfig("", "", "", ()).is_servable
+    assert not JointConfig("", "", "", (), sinks=4).is_servable
+    assert not JointConfig("", "", "", (), merge=2).is_servable
+    with pytest.raises(ConfigError, match="whole groups of 4 queries"):
+        JointConfig("", "", "", (), merge=4, chunks=(8, 16))
+    with pytest.raises(ConfigError, match="update = 'lorra'"):
+        JointConfig("", "", "", (), update="lorra")

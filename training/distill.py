@@ -1,0 +1,143 @@
+"""Distil an encoder into its chunk-causal self, on audio that nobody has transcribed.
+
+The teacher keeps the starting weights and hears clean audio with full context; the student hears it
+distorted, under a random chunk mask, left context and position offset, and learns to give the same
+frames: frame MSE and cosine. With `ear`, whose CTC head both
+then have, the teacher's posteriors are soft targets as well (Hinton et al., 2015).
+
+`python -m training.distill CONFIG.toml --work DIR [--resume]` makes encoder.safetensors, which is
+`init` of training.adapt.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.encoder import SILENT_MEL, Encoder
+from sparqle_stream.weights import load_into, read_safetensors
+from training.adapt import freeze
+from training.data import AugmentConfig, spec_augment
+from training.hearing import distil_loss, encoder_config, load_ear, mel_of
+from training.loop import Run, main
+from training.place import HERE, Place, find_place
+from training.settings import read_config
+from training.sources import SHARE_SEED, Feed, Source, make_sampler
+
+if TYPE_CHECKING:
+    from sparqle_stream.ctc import CtcHead
+
+
+@dataclass(frozen=True, slots=True)
+class DistillConfig:
+    """`sources` may have transcripts; they are not looked at."""
+
+    sources: tuple[Source, ...]
+    init: str = ""  # encoder weights (safetensors, our names), or ...
+    ear: str = ""  # ... encoder and CTC head of training.adapt, with `pieces` in it
+    n_pieces: int = 256  # of the ear's head
+    posterior: float = 1.0  # weight of the soft targets, where there is a head
+    noise: str = ""
+    steps: int = 2000
+    streams: int = 8
+    stream_s: float = 12.8
+    lengths_s: tuple[float, ...] = ()  # drawn for each batch, of streams * stream_s seconds in all
+    accumulate: int = 1
+    lr: float = 1e-4
+    warmup: int = 100
+    frozen_blocks: int = 0
+    bf16: bool | None = None
+    ema: float = 0.995
+    seed: int = 0
+    chunks: tuple[int, ...] = (4, 8, 16, 16, 32, 64, 0)
+    lefts: tuple[int, ...] = (64, 128, 256, 256)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+def soft_ctc_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL divergence of the student's posteriors from the teacher's, a frame; both (B, T, V) log."""
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) / teacher[..., 0].numel()
+
+
+class Trainer(Run):
+    """The student; the head, if there is one, only says how alike both sound."""
+
+    name, result, shown, most_norm = "distill", "encoder.safetensors", ("frames",), 2.0
+
+    def __init__(
+        self,
+        cfg: DistillConfig,
+        student: Encoder,
+        teacher: Encoder,
+        head: CtcHead | None = None,
+        place: Place = HERE,
+    ) -> None:
+        super().__init__(cfg.steps, cfg.ema, cfg.accumulate, place)
+        self.cfg, self.student = cfg, student.to(place.device).requires_grad_(True)
+        self.teacher = teacher.eval().requires_grad_(False).to(place.device)
+        self.head = head.to(place.device).requires_grad_(False) if head else None
+        if place.bf16:
+            self.teacher.bfloat16()
+        freeze(student, cfg.frozen_blocks)
+        taught = [p for p in student.parameters() if p.requires_grad]
+        self.ready([{"params": taught, "peak": cfg.lr}])
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.student.state_dict())
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        self.student.load_state_dict(weights)
+
+    def make_feed(self, share: int) -> Feed:
+        cfg = self.cfg
+        seed = cfg.seed + self.step + SHARE_SEED * share
+        sampler = make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed)
+        return Feed(random.Random(seed + 1), sampler)
+
+    def warm_up(self, group: int) -> float:
+        return min(1.0, (self.step + 1) / self.cfg.warmup)
+
+    def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
+        cfg, rng, place = self.cfg, self.rng, self.place
+        streams = self.sampler.batch(cfg.streams, cfg.lengths_s)
+        mel = mel_of(streams, "noisy", place.device)
+        mel = spec_augment(mel, rng, SILENT_MEL) if rng.random() < cfg.augment.spec else mel
+        offset = torch.tensor([rng.randrange(1500) for _ in streams], device=place.device)
+        chunk, left = rng.choice(cfg.chunks), rng.choice(cfg.lefts)
+        with place.autocast():
+            frames = self.student.forward_train(mel, chunk, left, offset)
+        with torch.no_grad():
+            clean = mel_of(streams, "clean", place.device)
+            target = self.teacher.forward_train(clean, 0, 0, torch.zeros_like(offset)).float()
+        alike = distil_loss(frames.float(), target)
+        loss, soft = alike, torch.zeros(())
+        if self.head is not None and cfg.posterior:
+            soft = soft_ctc_loss(self.head(frames.float()), self.head(target))
+            loss = alike + cfg.posterior * soft
+        audio_s = sum(len(s.clean) for s in streams) / SAMPLE_RATE_HZ
+        return loss, {"frames": alike.item(), "posterior": soft.item(), "audio_s": audio_s}
+
+
+def start(cfg: DistillConfig, device: str = "cpu") -> Trainer:
+    """A run from `init`, or from `ear`. Raises ModelError for files that do not fit."""
+    torch.manual_seed(cfg.seed)
+    place = find_place(device, cfg.bf16)
+    if cfg.ear:
+        (student, head), (teacher, _) = (load_ear(Path(cfg.ear), cfg.n_pieces) for _ in range(2))
+        return Trainer(cfg, student, teacher, head, place)
+    weights = read_safetensors(Path(cfg.init))
+    student, teacher = (Encoder(encoder_config(weights, Path(cfg.init))) for _ in range(2))
+    load_into(student, weights)
+    load_into(teacher, weights)
+    return Trainer(cfg, student, teacher, None, place)
+
+
+if __name__ == "__main__":
+    main("distill", __doc__, lambda path, device: start(read_config(DistillConfig, path), device))

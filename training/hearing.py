@@ -1,0 +1,81 @@
+"""What an ear hears: streams -> log-mel, recordings -> posteriors; its distance to a teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparqle_stream import features
+from sparqle_stream.config import CtcConfig, EncoderConfig, FeatureConfig
+from sparqle_stream.ctc import CtcHead
+from sparqle_stream.encoder import Encoder
+from sparqle_stream.errors import ModelError
+from sparqle_stream.weights import load_into, part, read_safetensors, whisper_config
+from training.data import Stream, stack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from training.data import Floats
+
+LEFT_FRAMES = 256
+BATCH = 12  # recordings of like length that are heard together
+CTC_SAMPLES = 640  # one CTC frame, 40 ms
+
+
+@torch.no_grad()
+def mel_of(streams: list[Stream], which: str, device: torch.device) -> Tensor:
+    """The `clean` or `noisy` audio of streams -> log-mel (B, 2 T, 80) as the engine makes it."""
+    everyone = torch.ones(len(streams), dtype=torch.bool, device=device)
+    state = features.init_state(FeatureConfig(), len(streams), device=device)
+    pcm = stack(streams, which).to(device)
+    return features.step(FeatureConfig(), state, pcm, everyone)[1]
+
+
+def distil_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Frame MSE (relative to the teacher's variance) + 0.5 cosine distance."""
+    mse = (student - teacher).square().mean() / teacher.var().clamp(min=1e-3)
+    return mse + 0.5 * (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
+def load_ear(path: Path, n_pieces: int) -> tuple[Encoder, CtcHead]:
+    """Encoder and CTC head of training.adapt. Raises ModelError for weights that do not fit."""
+    ear = read_safetensors(path)
+    state, ctc = part(ear, "encoder"), part(ear, "ctc")
+    cfg = encoder_config(state, path)
+    hidden = len(ctc["hidden.bias"]) if "hidden.bias" in ctc else CtcConfig().hidden
+    encoder, head = Encoder(cfg), CtcHead(CtcConfig(cfg.width, hidden, n_pieces))
+    load_into(encoder, state)
+    load_into(head, ctc)
+    return encoder.eval().requires_grad_(False), head.eval().requires_grad_(False)
+
+
+def encoder_config(state: dict[str, Tensor], where: Path) -> EncoderConfig:
+    """The shape of an encoder by its weights. Raises ModelError for a file without one."""
+    if "conv1.weight" not in state:
+        raise ModelError(f"{where} holds no encoder", hint="give weights of training.adapt")
+    return whisper_config(state)
+
+
+@torch.no_grad()
+def posteriors(
+    encoder: Encoder, head: CtcHead, recordings: Sequence[Floats], chunk_frames: int
+) -> Iterator[tuple[int, Tensor]]:
+    """PCM (S,) each -> (index, log-probabilities (T, V) at 25 Hz), like lengths together.
+
+    Only frames of the recording itself come out; chunk_frames 0 is full context.
+    """
+    order = sorted(range(len(recordings)), key=lambda i: len(recordings[i]))
+    device = next(encoder.parameters()).device
+    for at in range(0, len(order), BATCH):
+        batch = order[at : at + BATCH]
+        streams = [Stream(recordings[i], recordings[i], []) for i in batch]
+        mel = mel_of(streams, "clean", device)
+        offset = torch.zeros(len(batch), dtype=torch.long, device=device)
+        frames = encoder.forward_train(mel, chunk_frames, LEFT_FRAMES, offset)
+        for i, row in zip(batch, head(frames).cpu(), strict=True):
+            yield i, row[: -(-len(recordings[i]) // CTC_SAMPLES)]

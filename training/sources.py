@@ -1,0 +1,74 @@
+"""Sources: which packs a run draws from, how often, and which of their clips.
+
+Contract: the same sources, seed and share give the same streams again.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparqle_stream.errors import ConfigError
+from training.align import poor_ids
+from training.corpus import Pack
+from training.data import Augmenter, StreamSampler
+from training.text import is_spelled_out
+
+if TYPE_CHECKING:
+    from training.corpus import Clip
+    from training.data import AugmentConfig
+
+LONGEST_CLIP_S = 20.0
+SHARE_SEED = 1_000_003  # apart from the seeds of neighbouring steps
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A pack, how often it is drawn, and whether its transcripts are used."""
+
+    pack: str
+    weight: float = 1.0
+    transcribed: bool = True
+    skip_poor: bool = False  # leave out what training.align marked
+    share: float = 1.0  # of the clips, evenly spread: less to see what more would bring
+
+
+@dataclass(slots=True)
+class Feed:
+    """The random choices and the clips of one share of every batch."""
+
+    rng: random.Random
+    sampler: StreamSampler
+
+
+def usable(clip: Clip) -> bool:
+    return clip.seconds < LONGEST_CLIP_S and is_spelled_out(clip.text)
+
+
+def clips_of(source: Source, pack: Pack) -> list[Clip]:
+    """What may be drawn. Raises ConfigError for `skip_poor` where nothing was aligned."""
+    if not 0 < source.share <= 1:
+        raise ConfigError(f"share = {source.share} of {source.pack}", hint="use 0.25, 0.5 or 1")
+    clips = pack.clips[:: round(1 / source.share)]
+    if not source.transcribed:
+        return [replace(c, text="", targets={}) for c in clips]
+    poor = poor_ids(pack.folder) if source.skip_poor else set()
+    if poor is None:
+        raise ConfigError(
+            f"skip_poor: {pack.folder} has no words.jsonl", hint="run python -m training.align"
+        )
+    return [c for c in clips if usable(c) and c.id not in poor]
+
+
+def make_sampler(
+    sources: tuple[Source, ...], noise: str, augment: AugmentConfig, stream_s: float, seed: int
+) -> StreamSampler:
+    rng = random.Random(seed)
+    parts = []
+    for source in sources:
+        pack = Pack(Path(source.pack))
+        parts.append((pack, clips_of(source, pack), source.weight))
+    augmenter = Augmenter(augment, Pack(Path(noise)) if noise else None, rng)
+    return StreamSampler(parts, augmenter, stream_s)

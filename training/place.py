@@ -71,5 +71,5 @@ def is_bf16_fast(device: torch.device) -> bool:
     """GPUs that know bf16, and CPUs with AMX: one without multiplied bf16 at half the speed of
     float32 (docs/log.md)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from training.corpus import decode_file
 if TYPE_CHECKING:
     import random
 
+    from av.audio.stream import AudioStream
     from numpy.typing import NDArray
 
 
@@ -45,7 +46,7 @@ def through(pcm: NDArray[np.float32], codec: Codec, bits_per_s: int) -> NDArray[
     buffer = io.BytesIO()
     ints = np.clip(np.rint(pcm * 32767), -32768, 32767).astype(np.int16)
     with av.open(buffer, "w", format=codec.container) as container:
-        stream = container.add_stream(codec.name, rate=codec.rate_hz)
+        stream = cast("AudioStream", container.add_stream(codec.name, rate=codec.rate_hz))
         stream.layout = "mono"
         if codec.name != "pcm_mulaw":
             stream.bit_rate = bits_per_s

@@ -88,7 +88,7 @@ def decode_file(file: Path | BinaryIO) -> NDArray[np.int16]:
 
     resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
     parts: list[NDArray[np.int16]] = []
-    with av.open(str(file) if isinstance(file, Path) else file) as container:
+    with av.open(str(file) if isinstance(file, Path) else file, "r") as container:
         for frame in container.decode(audio=0):
             parts += [_samples(out) for out in resampler.resample(frame)]
         parts += [_samples(out) for out in resampler.resample(None)]

@@ -127,8 +127,14 @@ def speak(sentences: list[str], out: Path, hours: float, seed: int = 0) -> float
                 continue
             pcm = decode_file(wav)
             wav.unlink()
-            facts = {"speaker": voice, "corpus": "synthetic", "licence": "public-domain text"}
-            writer.add(pcm, id=f"synth-{seed}-{i}", text=sentence, **facts)
+            writer.add(
+                pcm,
+                id=f"synth-{seed}-{i}",
+                text=sentence,
+                speaker=voice,
+                corpus="synthetic",
+                licence="public-domain text",
+            )
             done_s += len(pcm) / SAMPLE_RATE_HZ
             bar.update(round(len(pcm) / SAMPLE_RATE_HZ))
     writer.close()

@@ -75,15 +75,16 @@ def test_random_disconnects(port):
 
     def lives(rng) -> Lives:
         if rng.random() < 0.2:  # while it is sending, or before
-            return rng.uniform(0, 300_000), 1e12
-        return 1e12, rng.uniform(0, 8_000)
+            return rng.uniform(0, 150_000), 1e12
+        return 1e12, rng.uniform(0, rng.choice([1_500, 8_000]))
 
     with Chaos(lambda: port, lives) as chaos:
 
         def one(seed: int) -> None:
-            said, blocks = spoken(np.random.default_rng(seed), 60, flush_every=10)
-            events = list(client.stream_sync(chaos.url, blocks, options=FILE))
-            check(events, said, 6)
+            rng = np.random.default_rng(seed)
+            said, blocks = spoken(rng, 40, flush_every=int(rng.choice([4, 5, 10])))
+            events = list(client.stream_sync(chaos.url, blocks, options=FILE, resume_s=WAIT_S))
+            check(events, said, sum(block is FLUSH for block in blocks))
 
         def worker(first: int) -> None:
             for seed in range(first, 1_000_000, 4):

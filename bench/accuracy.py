@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from bench.manifests import Recording, RecordingSet
     from bench.settings import Settings
     from sparqle_stream.engine import Engine
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Captioned:
 
 
 def measure(
-    model: SparqleModel,
+    model: Model,
     wanted: Settings,
     sets: Sequence[RecordingSet],
     *,
@@ -123,7 +123,7 @@ def _caption(engine: Engine, wanted: Settings, recordings: RecordingSet) -> list
         return list(_with_bar(results, f"captions {recordings.name}", len(recordings.recordings)))
 
 
-def _hear(model: SparqleModel, wanted: Settings, captioned: Sequence[Captioned]) -> None:
+def _hear(model: Model, wanted: Settings, captioned: Sequence[Captioned]) -> None:
     """Fills in what the CTC head hears in the same segments."""
     from bench.heard import greedy_text
 

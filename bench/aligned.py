@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from bench.players import Take
     from sparqle_stream.config import StreamOptions
-    from sparqle_stream.ctc import CtcPieces
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
+    from sparqle_stream.pieces import CtcPieces
 
     Floats = npt.NDArray[np.float32]
 
@@ -55,7 +55,7 @@ class Aligned:
 
 
 def measure(
-    model: SparqleModel,
+    model: Model,
     options: StreamOptions,
     recordings: Sequence[tuple[Floats, str, Take]],
 ) -> Aligned:
@@ -63,7 +63,7 @@ def measure(
     found = Aligned()
     for pcm, text, take in recordings:
         segments = [begin for begin, _ in spoken(take.events)]
-        heard = [x.numpy() for x in posteriors(model, options, pcm, take.events)]
+        heard = list(posteriors(model, options, pcm, take.events))
         ends = word_ends(heard, segments, text, model.pieces)
         if ends is None:
             found.n_left_out += 1

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
 
 PROBE_BYTES = 1 << 28  # several times the last-level cache of most machines
 PROBE_TIMES = 5
 
 
-def of_chunk(model: SparqleModel, chunk_ms: int, read_gb_s: float | None = None) -> dict[str, Any]:
+def of_chunk(model: Model, chunk_ms: int, read_gb_s: float | None = None) -> dict[str, Any]:
     """The least time for one chunk of one stream: every weight but the vocabulary read once.
 
     `vocabulary_mb` is read once more for every token that is written, `llm_mb` for every token
@@ -45,31 +43,9 @@ def read_gigabytes_per_s(n_bytes: int = PROBE_BYTES, n_times: int = PROBE_TIMES)
     return n_bytes / best / 1e9
 
 
-def weight_megabytes(model: SparqleModel) -> dict[str, float]:
+def weight_megabytes(model: Model) -> dict[str, float]:
     """10^6 bytes that one row reads, per stage."""
-    head = model.llm.tokens if model.llm.head is None else model.llm.head
-    body = _bytes_of(model.llm, without=(model.llm.tokens, model.llm.head))
-    return {
-        "encoder": _bytes_of(model.encoder) / 1e6,
-        "ctc": _bytes_of(model.ctc) / 1e6,
-        "qformer": _bytes_of(model.qformer) / 1e6,
-        "llm": body / 1e6,
-        "vocabulary": _bytes_of(head) / 1e6,
-    }
-
-
-def _bytes_of(module: nn.Module, without: tuple[nn.Module | None, ...] = ()) -> int:
-    """Second forms of int8 matrices, which many rows use, do not count."""
-    skipped = {id(t) for part in without if part is not None for t in _tensors(part).values()}
-    return sum(
-        tensor.nbytes
-        for name, tensor in _tensors(module).items()
-        if id(tensor) not in skipped and not name.endswith("many")
-    )
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    return {part: n_bytes / 1e6 for part, n_bytes in model.weight_bytes().items()}
 
 
 def _seconds_to_sum(block: torch.Tensor) -> float:

@@ -9,28 +9,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from sparqle_stream import encoder, features, messages
+from sparqle_stream import messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.ctc import greedy_path
+from sparqle_stream.pieces import greedy_path
 from sparqle_stream.segments import SegmentQueue
 from sparqle_stream.session import FLUSH_SAMPLES
+from sparqle_stream.stages import prefix_ids
+from sparqle_stream.writer import Greedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
-    import numpy.typing as npt
-
     from sparqle_stream.config import StreamOptions
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
+    from sparqle_stream.stages import Floats
 
 
 def greedy_text(
-    model: SparqleModel,
+    model: Model,
     options: StreamOptions,
-    pcm: npt.NDArray[np.float32],
+    pcm: Floats,
     events: Sequence[messages.Event],
 ) -> str:
     """pcm (S,) -> text of all segments, joined by spaces."""
@@ -42,16 +42,16 @@ def greedy_text(
 
 
 def posteriors(
-    model: SparqleModel,
+    model: Model,
     options: StreamOptions,
-    pcm: npt.NDArray[np.float32],
+    pcm: Floats,
     events: Sequence[messages.Event],
-) -> Iterator[torch.Tensor]:
+) -> Iterator[Floats]:
     """pcm (S,) -> CTC log-probabilities (C, V) of every segment, padding included."""
     hear = _Ear(model)
     for start, end in spoken(events):
-        yield torch.cat([hear(chunk) for chunk in _chunks(pcm[start:end], options)])
-        hear.end_segment()
+        yield np.concatenate([hear(chunk) for chunk in _chunks(pcm[start:end], options)])
+        hear.begin()
 
 
 def spoken(events: Sequence[messages.Event]) -> list[tuple[int, int]]:
@@ -65,34 +65,31 @@ def spoken(events: Sequence[messages.Event]) -> list[tuple[int, int]]:
 
 
 class _Ear:
-    """Features, encoder and CTC head of one stream: chunks of PCM (S,) -> log-probs (C, V)."""
+    """Stages of one row: chunks of PCM (S,) -> log-probs (C, V); nothing is written."""
 
-    def __init__(self, model: SparqleModel) -> None:
-        dtype = model.encoder.ln_post.weight.dtype
+    def __init__(self, model: Model) -> None:
+        self._stages = model.make_stages(1)
+        self._stages.wipe(0)
         self._model = model
-        self._everyone = torch.ones(1, dtype=torch.bool, device=model.device)
-        self._features = features.init_state(model.cfg.features, 1, device=model.device)
-        self._encoder = encoder.init_state(model.cfg.encoder, 1, dtype=dtype, device=model.device)
+        self.begin()
 
-    def __call__(self, pcm: npt.NDArray[np.float32]) -> torch.Tensor:
-        model, row = self._model, torch.from_numpy(pcm)[None].to(self._model.device)
-        with torch.inference_mode():
-            self._features, mel = features.step(
-                model.cfg.features, self._features, row, self._everyone
-            )
-            self._encoder, frames = encoder.step(model.encoder, self._encoder, mel, self._everyone)
-            log_probs: torch.Tensor = model.ctc(frames)[0]
-        return log_probs
+    def begin(self) -> None:
+        """A segment; the gain stays: it belongs to the speaker."""
+        self._stages.begin({0: prefix_ids(self._model.tokenizer, "")})
 
-    def end_segment(self) -> None:
-        """The gain stays: it belongs to the speaker."""
-        features.reset_rows(self._features, self._everyone)
-        encoder.reset_rows(self._encoder, self._everyone)
+    def __call__(self, pcm: Floats) -> Floats:
+        heard: list[Floats] = []
+
+        def hear(_row: int, log_probs: Floats) -> Greedy:
+            heard.append(log_probs)
+            return Greedy(n_most=0)
+
+        with self._stages.working(0):
+            self._stages.step({0: pcm}, {0: 0}, hear)
+        return heard[0]
 
 
-def _chunks(
-    pcm: npt.NDArray[np.float32], options: StreamOptions
-) -> Iterator[npt.NDArray[np.float32]]:
+def _chunks(pcm: Floats, options: StreamOptions) -> Iterator[Floats]:
     """One segment (S,) on its chunk grid, silence through look-ahead and delay after it."""
     delay_samples = options.delay_ms * SAMPLE_RATE_HZ // 1000
     queue = SegmentQueue(options.chunk_samples, FLUSH_SAMPLES + delay_samples)

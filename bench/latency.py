@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from bench.settings import Settings
     from sparqle_stream.config import StreamOptions
     from sparqle_stream.engine import Engine
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
 
     Pcm = npt.NDArray[np.float32]
     Player = Callable[[Pcm, StreamOptions, Progress], Take]
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, wanted: Settings, sets: Sequence[RecordingSet]
 
 
 def _aligned(
-    model: SparqleModel, wanted: Settings, recordings: Sequence[Recording], takes: Sequence[Take]
+    model: Model, wanted: Settings, recordings: Sequence[Recording], takes: Sequence[Take]
 ) -> dict[str, Any] | None:
     """Emission delay against aligned word ends, where there are texts."""
     from bench import aligned
@@ -89,7 +89,7 @@ def _aligned(
 def _player(
     args: argparse.Namespace,
     wanted: Settings,
-    model: SparqleModel | None,
+    model: Model | None,
     trace: Trace | None,
     stack: ExitStack,
 ) -> Player:

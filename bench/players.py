@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sparqle_stream.config import EngineConfig, StreamOptions
     from sparqle_stream.engine import Engine
     from sparqle_stream.metrics import EngineMetrics
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
 
     Pcm = npt.NDArray[np.float32]
     Progress = Callable[[float], None]  # takes seconds of audio that were played
@@ -197,7 +197,7 @@ async def _play_remote(
 class VirtualEngine:
     """One stream at a time in the caller's thread, on a clock that only computing moves."""
 
-    def __init__(self, model: SparqleModel, cfg: EngineConfig, trace: Trace | None = None) -> None:
+    def __init__(self, model: Model, cfg: EngineConfig, trace: Trace | None = None) -> None:
         """`trace` gets the spans of all streams, one stream after the other, from second 0 on."""
         self._model, self._cfg = model, cfg
         self._trace, self._trace_end = trace, 0.0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
 
 EXIT_USER_ERROR = 2
 
@@ -38,6 +38,7 @@ class Settings:
     vad_stop_ms: int = VadConfig().stop_ms
     dtype: str = "auto"
     compute: str = "cpu"
+    backend: str = "auto"
     threads: int = 0
     n_streams: int = 1
 
@@ -57,6 +58,7 @@ class Settings:
             threads=self.threads,
             dtype=self.dtype,
             compute=self.compute,
+            backend=self.backend,
         )
 
     def offline(self) -> Settings:
@@ -67,19 +69,29 @@ class Settings:
     def mode(self) -> str:
         return "offline" if self == self.offline() else "streaming"
 
-    def load_model(self) -> SparqleModel:
+    def load_model(self) -> Model:
         from sparqle_stream import models
 
-        return models.load(self.model, llm=self.llm, dtype=self.dtype, device=self.compute)
+        return models.load(
+            self.model,
+            llm=self.llm,
+            dtype=self.dtype,
+            device=self.compute,
+            backend=self.backend,
+            threads=self.threads,
+        )
 
     def summary(self) -> dict[str, Any]:
         """As JSON: 'auto' as what it came to; of paths the last part, the rest is of one disk."""
-        from sparqle_stream import quantize
+        from sparqle_stream import models
 
+        is_random = self.model == models.RANDOM_TINY
+        backend, dtype = models.choose(self.backend, self.dtype, self.compute, is_random=is_random)
         return asdict(self) | {
             "model": Path(self.model).name,
             "llm": self.llm and Path(self.llm).name,
-            "dtype": quantize.resolve(self.dtype, self.compute),
+            "backend": backend,
+            "dtype": dtype,
         }
 
 
@@ -93,7 +105,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--delay-ms", type=int, default=default.delay_ms, metavar="MS", help="(%(default)s)")
     add("--vad", choices=("silero", "webrtc", "off"), default=default.vad, help="(%(default)s)")
     add("--vad-stop", type=int, default=default.vad_stop_ms, metavar="MS", help="(%(default)s)")
-    add("--dtype", default=default.dtype, help="float32, bfloat16, int8 or auto (%(default)s)")
+    add("--dtype", default=default.dtype, help="auto, int4, int8, float32, bfloat16 (%(default)s)")
+    add("--backend", default=default.backend, help="auto, onnx, torch (%(default)s)")
     add("--compute", choices=("cpu", "cuda"), default=default.compute, help="(%(default)s)")
     add("--threads", type=int, default=default.threads, help="0: all cores (%(default)s)")
     add("--output", type=Path, metavar="FILE.json", help="for example in bench/results/")
@@ -109,6 +122,7 @@ def from_args(args: argparse.Namespace, n_streams: int = 1) -> Settings:
         vad_stop_ms=args.vad_stop,
         dtype=args.dtype,
         compute=args.compute,
+        backend=args.backend,
         threads=args.threads,
         n_streams=n_streams,
     )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from bench.reel import Reel
     from bench.settings import Settings
     from sparqle_stream.engine import Engine, Slots
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
 
 EXIT_GREW = 1
 SHORTEST_S = 1.0
@@ -183,27 +183,12 @@ class Watcher:
             "cycles": cycles,
             "audio_seconds": round(audio_s, 1),
             "rss_mb": round(reading.rss_mb, 1),
-            "state_bytes": sum(tensor_bytes(getattr(s, "state", None)) for s in self._slots),
+            "state_bytes": sum(s.state_bytes() for s in self._slots),
             "step_ms": round(1000 * spent_s / n_steps, 3) if n_steps else None,
             "open_files": reading.open_files,
             "threads": reading.threads,
             "streams_open": now.n_streams,
         }
-
-
-def tensor_bytes(value: object) -> int:
-    """Bytes of all tensors in a state: dataclasses, lists, tuples and dicts of them."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if dataclasses.is_dataclass(value):
-        return sum(tensor_bytes(getattr(value, f.name)) for f in dataclasses.fields(value))
-    if isinstance(value, dict):
-        return sum(map(tensor_bytes, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(tensor_bytes, value))
-    return 0
 
 
 def growth(hours: Sequence[float], values: Sequence[float]) -> float:
@@ -242,7 +227,7 @@ def flatness(samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def measure(
-    args: argparse.Namespace, model: SparqleModel, wanted: Settings, sets: Sequence[RecordingSet]
+    args: argparse.Namespace, model: Model, wanted: Settings, sets: Sequence[RecordingSet]
 ) -> dict[str, Any]:
     """The whole benchmark."""
     from sparqle_stream import engine as engines
@@ -253,7 +238,7 @@ def measure(
     tape = reel.load(sets, args.pause_s, args.seed)
     slots: list[Slots] = []
 
-    def make_slots(model: SparqleModel, n: int) -> Slots:
+    def make_slots(model: Model, n: int) -> Slots:
         slots.append(Batch(model, n))
         return slots[-1]
 

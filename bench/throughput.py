@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bench.reel import Reel
     from bench.settings import Settings
     from bench.targets import Target
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
 
 WARM_UP_S = 3.0
 OWN = "stream"
@@ -110,7 +110,7 @@ def measure(
     args: argparse.Namespace,
     wanted: Settings,
     sets: Sequence[RecordingSet],
-    model: SparqleModel | None,
+    model: Model | None,
 ) -> dict[str, Any]:
     """The whole benchmark; `model` is None with --url."""
     from bench import bounds
@@ -148,7 +148,7 @@ def measure(
 
 
 def _target(
-    args: argparse.Namespace, wanted: Settings, model: SparqleModel | None, stack: ExitStack
+    args: argparse.Namespace, wanted: Settings, model: Model | None, stack: ExitStack
 ) -> Target:
     """Whom the streams play to; what has to be closed afterwards goes on the stack."""
     from bench.dialects import DIALECTS

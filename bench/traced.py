@@ -15,25 +15,27 @@ from sparqle_stream.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+    from typing import Any
 
     from bench.trace import Trace
     from sparqle_stream.config import EngineConfig
     from sparqle_stream.engine import Slots, Stream
-    from sparqle_stream.models import SparqleModel
-    from sparqle_stream.pipeline import ChunkResult
+    from sparqle_stream.models import Model
     from sparqle_stream.session import Session
+    from sparqle_stream.stages import StepResult
 
 
 def traced_engine(
-    model: SparqleModel,
+    model: Model,
     cfg: EngineConfig,
     trace: Trace,
-    make_slots: Callable[[SparqleModel, int], Slots] = Batch,
+    make_slots: Callable[[Model, int], Slots] = Batch,
 ) -> Engine:
     """An engine whose worker writes into `trace`."""
     made: list[_TracedSlots] = []
 
-    def make(model: SparqleModel, n_slots: int) -> Slots:
+    def make(model: Model, n_slots: int) -> Slots:
         made.append(_TracedSlots(make_slots(model, n_slots), trace))
         return made[0]
 
@@ -47,10 +49,16 @@ class _TracedSlots:
         self._slots, self._trace = slots, trace
         self.began_at = self.ended_at = 0.0
 
+    def working(self, threads: int) -> AbstractContextManager[Any]:
+        return self._slots.working(threads)
+
+    def state_bytes(self) -> int:
+        return self._slots.state_bytes()
+
     def wipe(self, row: int) -> None:
         self._slots.wipe(row)
 
-    def run(self, sessions: Mapping[int, Session]) -> ChunkResult:
+    def run(self, sessions: Mapping[int, Session]) -> StepResult:
         self.began_at = time.perf_counter()
         result = self._slots.run(sessions)
         self.ended_at = time.perf_counter()
@@ -64,9 +72,9 @@ class _TracedEngine(Engine):
 
     def __init__(
         self,
-        model: SparqleModel,
+        model: Model,
         cfg: EngineConfig,
-        make_slots: Callable[[SparqleModel, int], Slots],
+        make_slots: Callable[[Model, int], Slots],
         trace: Trace,
         made: list[_TracedSlots],
     ) -> None:

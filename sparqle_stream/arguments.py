@@ -31,11 +31,12 @@ FORMATS = ("txt", "json", "jsonl", "srt", "vtt", "tsv")
 MIC_FORMATS = ("txt", "jsonl", "srt", "vtt")
 INPUT_FORMATS = ("s16le", "f32le", "mulaw", "alaw")
 MODEL_ACTIONS = ("list", "pull", "path", "verify")
-DTYPES = ("auto", "float32", "bfloat16", "int8")
+DTYPES = ("auto", "int4", "int8", "float32", "bfloat16")
+BACKENDS = ("auto", "onnx", "torch")
 
 # Options that may also be set by a variable: SPARQLE_ and the option in capitals.
 FROM_ENVIRONMENT = (
-    *("model", "llm", "threads", "dtype", "compute"),
+    *("model", "llm", "threads", "dtype", "compute", "backend"),
     *("chunk_ms", "delay_ms", "vad", "vad_stop", "prompt", "device"),
     *("host", "port", "slots", "api_key"),
 )
@@ -239,14 +240,21 @@ def _model(parser: Parser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="arithmetic of the model; int8 is for the language model on a CPU, auto takes what"
-        " is fastest on the device (default %(default)s)",
+        help="precision of the language model; int4 and int8 are for CPUs, auto takes what is"
+        " fastest on the device (default %(default)s)",
     )
     add(
         "--compute",
         choices=("cpu", "cuda"),
         default=default.compute,
         help="device that runs the model (default %(default)s)",
+    )
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default=default.backend,
+        help="what computes the model: ONNX Runtime, which auto takes on a CPU, or torch"
+        " (default %(default)s)",
     )
 
 

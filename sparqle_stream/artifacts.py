@@ -30,6 +30,7 @@ DEFAULT_LLM = "smollm2-135m-instruct"
 ASSETS = Path(__file__).parent / "assets"
 PULL_HINT = "run: sparqle-stream models pull"
 MODEL_FILES = ("config.json", "encoder.safetensors", "bridge.safetensors", "pieces.json")
+WORDS_FILE = "words.safetensors"  # that a model may do without
 MANIFEST = "manifest.json"
 
 
@@ -170,8 +171,9 @@ def llm_source(name_or_path: str | Path) -> str | Path:
 def hash_of(folder: Path, llm: str | Path) -> str:
     """What a model's weights are, for reports: 16 digits over its files and its LLM's."""
     digest = hashlib.sha256()
-    for name in MODEL_FILES:
-        digest.update(sha256(folder / name).encode())
+    for name in (*MODEL_FILES, WORDS_FILE):
+        if (folder / name).is_file():
+            digest.update(sha256(folder / name).encode())
     files: Iterable[Path] = [Path(llm)]
     if Path(llm).is_dir():
         manifest = Path(llm) / MANIFEST

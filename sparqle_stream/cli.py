@@ -132,6 +132,7 @@ def engine_config(args: Namespace, n_slots: int = 1) -> EngineConfig:
         threads=args.threads,
         dtype=args.dtype,
         compute=args.compute,
+        backend=args.backend,
     )
 
 
@@ -154,7 +155,14 @@ def load_engine(args: Namespace, n_slots: int = 1) -> Engine:
     if args.compute == "cuda":
         _check_cuda()
     with _spinner(f"loading {args.model}"):
-        model = models.load(args.model, llm=args.llm, dtype=args.dtype, device=args.compute)
+        model = models.load(
+            args.model,
+            llm=args.llm,
+            dtype=args.dtype,
+            device=args.compute,
+            backend=args.backend,
+            threads=args.threads,
+        )
     tasks.require(tasks.name_of(args.task, args.to), model.cfg.tasks)
     return Engine(model, cfg)
 

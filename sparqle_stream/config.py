@@ -15,7 +15,6 @@ FRAME_SAMPLES = 320  # one encoder frame, 20 ms
 FRAMES_PER_QUERY = 4  # one query, 80 ms
 FRAMES_PER_CTC = 2  # one CTC frame, 40 ms
 QUERY_MS = 80
-FEW_ROWS = 8  # of a matrix product: up to here int8 weights are faster than bf16 tiles
 CHUNK_MS_RANGE = (80, 1280)
 DELAY_MS_RANGE = (0, 960)
 # Encoder frame p is heard once 320 * (p + 1) samples are in; its centre lies this much earlier
@@ -249,7 +248,8 @@ class EngineConfig:
     n_slots: int = 16
     chunk_ms: int = 320
     threads: int = 0  # 0: as many as there are cores
-    dtype: str = "auto"  # one of quantize.DTYPES; the engine takes the model as it was loaded
+    dtype: str = "auto"  # one of models.DTYPES; the engine takes the model as it was loaded
     compute: str = "cpu"  # cpu | cuda
+    backend: str = "auto"  # one of models.BACKENDS, likewise
     backlog_s: float = 30.0  # audio a stream may have waiting
     context_words: int = 8  # words carried into the next segment as text

@@ -16,9 +16,7 @@ import logging
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sparqle_stream import messages
 from sparqle_stream.batch import Batch
@@ -37,9 +35,10 @@ from sparqle_stream.vad import SegmentStart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
-    from sparqle_stream.models import SparqleModel
-    from sparqle_stream.pipeline import ChunkResult
+    from sparqle_stream.models import Model
+    from sparqle_stream.stages import StepResult
     from sparqle_stream.stream import OnEvent
 
 __all__ = ["Engine", "Phase", "Stream"]
@@ -50,9 +49,13 @@ log = logging.getLogger(__name__)
 class Slots(Protocol):
     """What the engine needs of `Batch`; `testing.OracleBatch` has it too."""
 
+    def state_bytes(self) -> int: ...
+
+    def working(self, threads: int) -> AbstractContextManager[Any]: ...
+
     def wipe(self, row: int) -> None: ...
 
-    def run(self, sessions: Mapping[int, Session]) -> ChunkResult: ...
+    def run(self, sessions: Mapping[int, Session]) -> StepResult: ...
 
 
 class Engine:
@@ -60,9 +63,9 @@ class Engine:
 
     def __init__(
         self,
-        model: SparqleModel,
+        model: Model,
         cfg: EngineConfig | None = None,
-        make_slots: Callable[[SparqleModel, int], Slots] = Batch,
+        make_slots: Callable[[Model, int], Slots] = Batch,
     ) -> None:
         """`make_slots` is another `Batch` for tests: see `testing.oracle_engine`."""
         self.model = model
@@ -215,9 +218,7 @@ class Engine:
 
     def _run(self) -> None:
         """The worker: until closing, take what came in, step, hand out events."""
-        if self.cfg.threads:
-            torch.set_num_threads(self.cfg.threads)  # OpenMP keeps it per thread: set it here
-        with torch.inference_mode():
+        with self._batch.working(self.cfg.threads):
             while (work := self._wait_for_work()) is not None:
                 try:
                     self._tick(work)

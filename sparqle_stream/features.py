@@ -81,7 +81,7 @@ def log_mel(cfg: FeatureConfig, wave: Tensor, peak: Tensor) -> tuple[Tensor, Ten
     frames = wave.unfold(1, cfg.n_fft, cfg.hop_samples)[:, :n_frames]  # (B, F, 400)
     spectrum = torch.fft.rfft(frames * _hann(cfg.n_fft, wave.device))
     power = spectrum.real.square() + spectrum.imag.square()
-    mel = power @ _mel_filters(cfg.n_mels, cfg.n_fft, wave.device)
+    mel = power @ mel_filters(cfg.n_mels, cfg.n_fft, wave.device)
     log = mel.clamp(min=1e-10).log10()
     gain, peak = _slow_gain(cfg, log.amax(dim=2), peak)
     log = (log + gain[:, :, None]).clamp(min=cfg.max_log10 - FLOOR_DB8)
@@ -108,7 +108,7 @@ def _hann(n: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _mel_filters(n_mels: int, n_fft: int, device: torch.device) -> Tensor:
+def mel_filters(n_mels: int, n_fft: int, device: torch.device | str = "cpu") -> Tensor:
     """Slaney's mel filter bank (n_fft / 2 + 1, n_mels), 0 .. 8 kHz, area-normalised."""
     low_hz, low_mel, step = 1000.0, 15.0, 200.0 / 3.0
     log_step = np.log(6.4) / 27.0

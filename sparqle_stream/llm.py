@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparqle_kernels.decode_attention import decode_attention, make_plan
-from sparqle_stream.config import FEW_ROWS
+from sparqle_stream.decode import write
 from sparqle_stream.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sparqle_stream.config import LlmConfig
+    from sparqle_stream.decode import Writer
 
 
 @lru_cache(maxsize=8)
@@ -79,7 +80,7 @@ class RmsNorm(nn.Module):
 class Attention(nn.Module):
     """Projections of one layer's grouped-query attention.
 
-    For decoding `quantize` may put q, k and v into one matrix: `qkv_proj` instead of the three.
+    For decoding `Llm.join` puts q, k and v into one matrix: `qkv_proj` instead of the three.
     """
 
     qkv_proj: nn.Module | None
@@ -120,7 +121,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU feed-forward; `quantize` may put gate and up into one matrix, `gate_up_proj`."""
+    """SwiGLU feed-forward; `Llm.join` puts gate and up into one matrix, `gate_up_proj`."""
 
     gate_up_proj: nn.Module | None
 
@@ -179,6 +180,15 @@ class Llm(nn.Module):
     def blocks(self) -> Iterator[Layer]:
         return cast("Iterator[Layer]", iter(self.layers))
 
+    @torch.no_grad()
+    def join(self) -> None:
+        """For decoding: what reads the same rows becomes one matrix, frozen."""
+        for layer in self.blocks():
+            attn, mlp = layer.attn, layer.mlp
+            attn.qkv_proj = _joined(attn.q_proj, attn.k_proj, attn.v_proj)
+            mlp.gate_up_proj = _joined(mlp.gate_proj, mlp.up_proj)
+            del attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> embeddings (B, T, E)."""
         out: Tensor = self.tokens(ids)
@@ -205,6 +215,13 @@ class Llm(nn.Module):
             x = layer.feed_forward(x + layer.attn(layer.attn_norm(x), cos, sin))
         out: Tensor = self.norm(x)
         return out
+
+
+def _joined(*parts: nn.Linear) -> nn.Linear:
+    weight = torch.cat([part.weight for part in parts])
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 @dataclass(slots=True)
@@ -244,27 +261,6 @@ def reset_rows(state: LlmState, mask: Tensor) -> None:
     state.hidden[mask] = 0.0
 
 
-class Writer(Protocol):
-    """One row's decisions in one chunk."""
-
-    n_most: int  # tokens that may be written
-
-    def goes_on(self, stop: float) -> bool:
-        """Whether another token is wanted; `stop` is the stop head's logit."""
-        ...
-
-    def suggest(self) -> list[int]:
-        """Tokens to be scored besides the LLM's best."""
-        ...
-
-    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> list[int]:
-        """The tokens to write, ids (K,) being the LLM's best and what was suggested, scored.
-
-        More than one: those that the first leads to. None: the chunk's text ends.
-        """
-        ...
-
-
 @torch.inference_mode()
 def append(llm: Llm, state: LlmState, embeds: Tensor, active: Tensor) -> LlmState:
     """Writes embeds (B, R, E) of the active rows into their slots and keeps the last hidden."""
@@ -281,8 +277,7 @@ def prefill(llm: Llm, state: LlmState, ids: Sequence[list[int] | None]) -> LlmSt
     for row, tokens in enumerate(ids):  # prefixes are rare, short, and of unequal length
         if tokens:
             embeds = llm.embed(torch.tensor([tokens], device=device))
-            for part in torch.split(embeds, FEW_ROWS, dim=1):
-                _append_slots(llm, state, part, torch.tensor([row], device=device))
+            _append_slots(llm, state, embeds, torch.tensor([row], device=device))
     return state
 
 
@@ -290,45 +285,38 @@ def prefill(llm: Llm, state: LlmState, ids: Sequence[list[int] | None]) -> LlmSt
 def step(
     llm: Llm, state: LlmState, queries: Tensor, active: Tensor, writers: Sequence[Writer | None]
 ) -> tuple[LlmState, list[list[int]]]:
-    """One chunk: queries (B, Q, E) of the active rows in, what their writers choose out.
-
-    The stop head is asked before every token and before the vocabulary is touched. Each token's
-    embedding is appended, the last one's too: the next chunk's queries follow it.
-    """
-    tokens: list[list[int]] = [[] for _ in range(queries.shape[0])]
+    """One chunk: queries (B, Q, E) of the active rows in, what their writers choose out."""
     state = append(llm, state, queries, active)
-    going = active.nonzero()[:, 0].tolist()
-    while going:
-        stop = llm.stop(state.hidden[going])[:, 0].tolist()
-        going = [slot for slot, s in zip(going, stop, strict=True) if _of(writers, slot).goes_on(s)]
-        if not going:
-            break
-        offers = _best(llm, state.hidden[going], going, writers)
-        picks = [_of(writers, slot).pick(*offer) for slot, offer in zip(going, offers, strict=True)]
-        chosen = {slot: pick for slot, pick in zip(going, picks, strict=True) if pick}
-        for slot, pick in chosen.items():
-            tokens[slot] += pick
-        _append_tokens(llm, state, chosen)
-        going = list(chosen)
-    return state, tokens
+    going = {slot: writers[slot] for slot in active.nonzero()[:, 0].tolist()}
+    written = write(_Slots(llm, state), {s: w for s, w in going.items() if w is not None})
+    return state, [written.get(slot, []) for slot in range(queries.shape[0])]
 
 
-def _of(writers: Sequence[Writer | None], slot: int) -> Writer:
-    writer = writers[slot]
-    assert writer is not None, "an active row needs a writer"
-    return writer
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """The decoder that `decode.write` asks."""
 
+    llm: Llm
+    state: LlmState
 
-def _best(
-    llm: Llm, hidden: Tensor, slots: list[int], writers: Sequence[Writer | None]
-) -> list[tuple[list[int], list[float]]]:
-    """Each row's likeliest token and what its writer suggests: ids and log-probabilities."""
-    log_probs = llm.logits(hidden).float().log_softmax(dim=-1)  # (b, V)
-    out = []
-    for slot, row in zip(slots, log_probs, strict=True):
-        ids = list(dict.fromkeys([int(row.argmax()), *_of(writers, slot).suggest()]))
-        out.append((ids, row[ids].tolist()))
-    return out
+    def stops(self, rows: Sequence[int]) -> Sequence[float]:
+        stops: list[float] = self.llm.stop(self.state.hidden[list(rows)])[:, 0].tolist()
+        return stops
+
+    def score(self, wanted: Mapping[int, list[int]]) -> dict[int, tuple[list[int], list[float]]]:
+        if not wanted:
+            return {}
+        logits = self.llm.logits(self.state.hidden[list(wanted)]).float()  # (b, V)
+        out = {}
+        for (slot, ids), row in zip(wanted.items(), logits, strict=True):
+            asked = list(dict.fromkeys(ids)) or [int(row.argmax())]
+            out[slot] = asked, row[asked].tolist()
+        return out
+
+    def read(self, tokens: Mapping[int, list[int]]) -> None:
+        _append_tokens(self.llm, self.state, {row: ids for row, ids in tokens.items() if ids})
+
+    leave = read  # one pass has rows of equal length: waiting for the next queries saves nothing
 
 
 def _append_tokens(llm: Llm, state: LlmState, tokens: dict[int, list[int]]) -> None:

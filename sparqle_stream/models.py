@@ -1,65 +1,52 @@
-"""Models: names and folders -> a `SparqleModel` ready to run.
+"""Models: names and folders -> a model ready to run, on the backend that fits the device.
 
 A model folder holds config.json, encoder.safetensors, bridge.safetensors (CTC head, Q-Former, stop
 head, LoRA), pieces.json and, if words are to be searched for in what CTC hears, words.safetensors;
-its LLM is an argument. Contract: what does not fit is a ModelError
-that says which file and which tensor.
+its LLM is an argument. A CPU runs it as ONNX graphs, which are made once, from the torch modules,
+and kept in the cache folder: from then on torch is not imported. What `training.export --onnx`
+wrote is such a folder of graphs, and a model too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from sparqle_stream import artifacts, quantize, weights
+from sparqle_stream import artifacts
 from sparqle_stream.artifacts import list_models, path, pull, verify
-from sparqle_stream.config import ModelConfig
-from sparqle_stream.ctc import CtcHead, CtcPieces
-from sparqle_stream.encoder import Encoder
-from sparqle_stream.errors import ModelError, SparqleError
-from sparqle_stream.lexicon import Lexicon
-from sparqle_stream.llm import Llm
-from sparqle_stream.qformer import QFormer
+from sparqle_stream.errors import ConfigError
+from sparqle_stream.onnx_cpu.settings import BITS, DEFAULT_DTYPE, FORMAT, INDEX
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from sparqle_stream.config import ModelConfig
+    from sparqle_stream.lexicon import Lexicon
+    from sparqle_stream.pieces import CtcPieces
+    from sparqle_stream.stages import Stages, Tokenizer
+    from sparqle_stream.torch_model import SparqleModel
 
-    from sparqle_stream.weights import LlmFiles, TextTokenizer
-
-__all__ = ["SparqleModel", "Tokenizer", "list_models", "load", "load_llm", "path", "pull", "verify"]
+__all__ = ["Model", "list_models", "load", "path", "pull", "verify"]
 
 RANDOM_TINY = "random:tiny"
-# Stored in config.json beside the fields of ModelConfig.
-BESIDE_CONFIG: dict[str, Any] = {"lora_scale": 1.0, "sha256": {}}
+BACKENDS = ("auto", "onnx", "torch")
+TORCH_DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "int4", "int8", "float32", "bfloat16")
 
 
-class Tokenizer(Protocol):
-    """What text goes through; `weights.TextTokenizer` and `testing.ByteTokenizer`."""
-
-    bos_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
-
-
-@dataclass(slots=True)
-class SparqleModel:
-    """Weights of all stages and what is needed to read and write text."""
+class Model(Protocol):
+    """What a stream's host side and the engine need of a model, whatever computes it."""
 
     cfg: ModelConfig
-    encoder: Encoder
-    ctc: CtcHead
     pieces: CtcPieces
     lexicon: Lexicon | None  # None: the LLM alone decides what is written
-    qformer: QFormer
-    llm: Llm
     tokenizer: Tokenizer
     name: str
     weights_hash: str  # of the files of model and LLM
-    device: torch.device
+
+    def make_stages(self, n_rows: int) -> Stages: ...
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of each stage that one row reads; of `vocabulary` for all logits."""
+        ...
 
 
 def load(
@@ -68,104 +55,87 @@ def load(
     llm: str | Path | None = None,
     dtype: str = "auto",
     device: str = "cpu",
-) -> SparqleModel:
+    backend: str = "auto",
+    threads: int = 0,
+) -> Model:
     """A model by name or folder with its LLM (by name, file or folder), ready on `device`.
 
-    dtype: one of `quantize.DTYPES`. 'int8', what 'auto' is on a CPU, is for the LLM's matrices,
-    where most of the bytes are; the other stages then compute in float32.
+    dtype: of the LLM's matrices, where most of the bytes are: 'int4', 'int8' or 'float32' on the
+    ONNX backend, 'float32' or 'bfloat16' (then of everything) on torch. threads: of the ONNX
+    backend, 0 for as many as there are cores. Raises ConfigError for what does not go together,
+    ModelError for files that are missing or wrong.
     """
-    dtype = quantize.resolve(dtype, device)
+    is_random = str(name_or_path) == RANDOM_TINY
+    backend, dtype = choose(backend, dtype, device, is_random=is_random)
+    if backend == "torch":
+        return _load_torch(name_or_path, llm, dtype, device)
+    from sparqle_stream.onnx_cpu import model
+
+    if (Path(name_or_path) / INDEX).is_file():
+        return model.load(Path(name_or_path), threads)
+    return model.load(_graphs(name_or_path, llm, dtype), threads)
+
+
+def choose(backend: str, dtype: str, device: str, *, is_random: bool = False) -> tuple[str, str]:
+    """What 'auto' means on a device: (backend, dtype). Raises ConfigError."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}", hint=f"use {', '.join(BACKENDS)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}", hint=f"use {', '.join(DTYPES)}")
+    is_cpu = device.startswith("cpu")
+    if backend == "auto":
+        backend = "onnx" if is_cpu and not is_random and dtype != "bfloat16" else "torch"
+    if backend == "onnx" and not is_cpu:
+        raise ConfigError(f"the ONNX backend does not run on {device}", hint="use --backend torch")
+    if backend == "onnx" and is_random:
+        raise ConfigError("random models have no graphs", hint="use --backend torch")
+    known = BITS if backend == "onnx" else TORCH_DTYPES
+    if dtype == "auto":
+        dtype = DEFAULT_DTYPE if backend == "onnx" else "float32" if is_cpu else "bfloat16"
+    if dtype not in known:
+        raise ConfigError(
+            f"--dtype {dtype} is not of the {backend} backend", hint=f"use {', '.join(known)}"
+        )
+    return backend, dtype
+
+
+def _load_torch(
+    name_or_path: str | Path, llm: str | Path | None, dtype: str, device: str
+) -> SparqleModel:
+    from sparqle_stream import torch_model
+
     if str(name_or_path) == RANDOM_TINY:
         from sparqle_stream.testing import tiny_model
 
-        return to_device(tiny_model(), dtype, device)
+        return torch_model.to_device(tiny_model(), dtype, device)
     folder = artifacts.model_folder(name_or_path)
     source = artifacts.llm_source(llm or artifacts.DEFAULT_LLM)
-    return to_device(_read(folder, source), dtype, device)
+    return torch_model.to_device(torch_model.read(folder, source), dtype, device)
 
 
-def load_llm(
-    path_or_name: str | Path = artifacts.DEFAULT_LLM, dtype: torch.dtype = torch.float32
-) -> tuple[Llm, TextTokenizer]:
-    """A frozen LLM and its tokenizer, as training wants them; the stop head is zero."""
-    files = weights.read_llm(artifacts.llm_source(path_or_name))
-    return _build(files).to(dtype), files.tokenizer
+def _graphs(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> Path:
+    """The folder of a model's graphs in the cache; they are made where they are missing."""
+    folder = artifacts.model_folder(name_or_path)
+    source = artifacts.llm_source(llm or artifacts.DEFAULT_LLM)
+    key = f"{artifacts.hash_of(folder, source)}-{dtype}-{FORMAT}"
+    out = artifacts.cache_dir() / "graphs" / key
+    if (out / INDEX).is_file():
+        return out
+    from filelock import FileLock
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.parent / ".lock"):  # two processes may want them at once
+        if not (out / INDEX).is_file():
+            _export(folder, source, out, dtype)
+    return out
 
 
-def to_device(model: SparqleModel, dtype: str, device: str) -> SparqleModel:
-    """Moves the model's weights in place: dtype, device, joined or int8 matrices of the LLM."""
-    rest = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-    for module in (model.encoder, model.ctc, model.qformer):
-        module.to(device=device, dtype=rest).eval().requires_grad_(False)
-    quantize.prepare(model.llm, dtype, device)
-    model.device = torch.device(device)
-    return model
+def _export(folder: Path, source: str | Path, out: Path, dtype: str) -> None:
+    from sparqle_stream import torch_model
+    from sparqle_stream.onnx_cpu.export import export
 
-
-def config_from_json(cls: type[Any], raw: dict[str, Any], source: Path) -> Any:  # noqa: ANN401
-    """A (nested) config dataclass from JSON; what is unknown or impossible is a ModelError."""
-    hints = get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in fields(cls)}
-    if unknown := sorted(raw.keys() - known.keys()):
-        raise ModelError(
-            f"{source}: unknown {cls.__name__} field {unknown[0]!r}",
-            hint="the model may need a newer sparqle-stream",
-        )
-    values = {
-        name: config_from_json(known[name], value, source)
-        if is_dataclass(known[name])
-        else (tuple(value) if isinstance(value, list) else value)
-        for name, value in raw.items()
-    }
-    try:
-        return cls(**values)
-    except (SparqleError, TypeError) as err:
-        raise ModelError(f"{source}: {err}", hint="the model's config is damaged") from err
-
-
-def _read(folder: Path, source: str | Path) -> SparqleModel:
-    """All parts of a model folder, as they are stored."""
-    raw = weights.read_json(folder / "config.json")
-    beside = {key: raw.pop(key, default) for key, default in BESIDE_CONFIG.items()}
-    cfg: ModelConfig = config_from_json(ModelConfig, raw, folder / "config.json")
-    bridge = weights.read_safetensors(folder / "bridge.safetensors")
-    files = weights.read_llm(source)
-    if files.cfg.width != cfg.qformer.llm_width:
-        raise ModelError(
-            f"{cfg.name} speaks to an LLM of width {cfg.qformer.llm_width}, {source} has"
-            f" {files.cfg.width}",
-            hint="leave --llm out, or train a bridge for this LLM",
-        )
-    files.state.update(weights.part(bridge, "llm"))  # of an LLM that was updated as a whole
-    weights.merge_lora(files.state, weights.part(bridge, "lora"), float(beside["lora_scale"]))
-    pieces, words = CtcPieces.load(folder / "pieces.json"), folder / "words.safetensors"
-    model = SparqleModel(
-        cfg=replace(cfg, llm=replace(files.cfg, n_slot=cfg.llm.n_slot)),
-        encoder=Encoder(cfg.encoder),
-        ctc=CtcHead(cfg.ctc),
-        pieces=pieces,
-        lexicon=Lexicon.load(words, pieces) if words.is_file() else None,
-        qformer=QFormer(cfg.qformer),
-        llm=_build(files, n_slot=cfg.llm.n_slot),
-        tokenizer=files.tokenizer,
-        name=cfg.name,
-        weights_hash=artifacts.hash_of(folder, source),
-        device=torch.device("cpu"),
-    )
-    weights.load_into(model.encoder, weights.read_safetensors(folder / "encoder.safetensors"))
-    weights.load_into(model.ctc, weights.part(bridge, "ctc"))
-    weights.load_into(model.qformer, weights.part(bridge, "qformer"))
-    weights.load_into(model.llm.stop, weights.part(bridge, "stop"))
-    return model
-
-
-def _build(files: LlmFiles, n_slot: int | None = None) -> Llm:
-    """The LLM of some files, frozen. Tensors are taken over in the dtype that they have."""
-    cfg = files.cfg if n_slot is None else replace(files.cfg, n_slot=n_slot)
-    with torch.device("meta"):
-        llm = Llm(cfg)
-        if "head.weight" in files.state:
-            llm.head = torch.nn.Linear(cfg.width, cfg.vocab, bias=False)
-    stop = {"stop.weight": torch.zeros(1, cfg.width), "stop.bias": torch.zeros(1)}
-    weights.load_into(llm, files.state | stop, assign=True)
-    return llm.requires_grad_(False)
+    model = torch_model.read(folder, source)
+    for part in (model.encoder, model.ctc, model.qformer, model.llm):
+        part.float().eval()
+    words = folder / "words.safetensors"
+    export(model, out, BITS[dtype], words if words.is_file() else None)

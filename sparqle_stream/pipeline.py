@@ -20,17 +20,14 @@ import torch
 from torch import Tensor
 
 from sparqle_stream import encoder, features, llm, qformer
-from sparqle_stream.config import CHUNK_MS_RANGE, DELAY_MS_RANGE, QUERY_MS
+from sparqle_stream.stages import N_RECENT
 
 if TYPE_CHECKING:
-    from sparqle_stream.llm import Writer
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.decode import Writer
+    from sparqle_stream.torch_model import SparqleModel
 
 # CTC log-probs (B, C, V) -> who chooses each row's tokens; None for rows without a chunk.
 Hear = Callable[[Tensor], "Sequence[Writer | None]"]
-PREFIX_TOKENS = 48  # context or prompt; training saw no more
-# Queries that may have to be heard again after a seam: the longest delay and one chunk.
-N_RECENT = (DELAY_MS_RANGE[1] + CHUNK_MS_RANGE[1]) // QUERY_MS
 
 
 @dataclass(slots=True)
@@ -135,16 +132,6 @@ def seam_rows(
             alone[row] = True
             again = state.recent[:, N_RECENT - n :]
             state.llm = llm.append(model.llm, state.llm, again, alone)
-
-
-def prefix_ids(model: SparqleModel, text: str) -> list[int]:
-    """What stands before a segment's first query: beginning, the end of `text`, a line break.
-
-    As in training every word of `text` has its space before it.
-    """
-    tokenizer = model.tokenizer
-    context = tokenizer.encode(" " + text)[-PREFIX_TOKENS:] if text else []
-    return [tokenizer.bos_id, *context, *tokenizer.encode("\n")]
 
 
 def _ctc(model: SparqleModel, frames: Tensor, active: Tensor) -> Tensor:

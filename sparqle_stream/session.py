@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sparqle_stream import messages, pipeline, vad
+from sparqle_stream import messages, stages, vad
 from sparqle_stream.captions import CTC_MS, Captions, Spoken
 from sparqle_stream.config import (
     FRAME_LAG_SAMPLES,
@@ -35,10 +35,8 @@ from sparqle_stream.writer import Greedy, Hearing, Joint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-
-    from sparqle_stream.llm import Writer
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.decode import Writer
+    from sparqle_stream.models import Model
 
 Floats = npt.NDArray[np.float32]
 
@@ -78,7 +76,7 @@ class _Slot:
 class Session:
     """One stream between its audio and its events; its size is bounded by the backlog."""
 
-    def __init__(self, model: SparqleModel, options: StreamOptions, n_context_words: int) -> None:
+    def __init__(self, model: Model, options: StreamOptions, n_context_words: int) -> None:
         self.options = options
         self.counts: Counter[str] = Counter()  # for the engine's metrics, which empties it
         self.step_seconds = Histogram()
@@ -97,8 +95,8 @@ class Session:
         # Rows that one more chunk may need; queries that a seam hears again.
         self._n_most = options.chunk_queries + self._captions.max_allowance(options.chunk_samples)
         again = self._cfg.seam_chunks_again * options.chunk_queries
-        self._n_again = min(-(-options.delay_ms // QUERY_MS) + again, pipeline.N_RECENT)
-        if model.cfg.llm.n_slot < 2 * (pipeline.PREFIX_TOKENS + self._n_again + self._n_most):
+        self._n_again = min(-(-options.delay_ms // QUERY_MS) + again, stages.N_RECENT)
+        if model.cfg.llm.n_slot < 2 * (stages.PREFIX_TOKENS + self._n_again + self._n_most):
             raise ConfigError(
                 f"the LLM's slot of {model.cfg.llm.n_slot} rows is too short for these options",
                 hint="use a smaller --chunk-ms or --delay-ms",
@@ -158,21 +156,23 @@ class Session:
     def _begin(self, start: Start, n_again: int) -> Turn:
         assert self._chunk is not None
         context = self._captions.context(self._n_context_words)
-        prefix = pipeline.prefix_ids(self._model, f"{self.options.prompt} {context}".strip())
+        prefix = stages.prefix_ids(
+            self._model.tokenizer, f"{self.options.prompt} {context}".strip()
+        )
         self._slot = _Slot(n_used=len(prefix) + n_again, since=self._chunk.start)
         self._n_segment += 1
         return Turn(self._chunk.pcm, start, prefix, n_again)
 
-    def hear(self, log_probs: Tensor) -> Writer:
+    def hear(self, log_probs: Floats) -> Writer:
         """log_probs (C, V) of the chunk -> who chooses its tokens."""
-        self._captions.hear(log_probs.argmax(dim=-1).tolist())
+        self._captions.hear(log_probs.argmax(axis=-1).tolist())
         by_letters = self._hearing is None  # a word beam writes nothing but what was heard
         n_most = self._captions.allowance(self.options.chunk_samples, by_letters=by_letters)
         self._slot.n_allowed = n_most
         if self._hearing is None:
             return Greedy(n_most, self._model.cfg.writer.stop_threshold)
         assert self._chunk is not None
-        self._hearing.beam.hear(log_probs.cpu().numpy())
+        self._hearing.beam.hear(log_probs)
         is_last = self._chunk.segment_end is not None
         return Joint(self._hearing, n_most, self.options.delay_ms // CTC_MS, is_last)
 

@@ -8,6 +8,7 @@ the delay, the slots and the prefixes of a real one. So what comes out is known 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import string
@@ -31,17 +32,19 @@ from sparqle_stream.config import (
     QFormerConfig,
 )
 from sparqle_stream.messages import Event, Final, Word
-from sparqle_stream.pipeline import ChunkResult
 from sparqle_stream.session import Session, Start, Turn
+from sparqle_stream.stages import StepResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from sparqle_stream.ctc import CtcHead, CtcPieces
+    from sparqle_stream.ctc import CtcHead
     from sparqle_stream.engine import Engine
     from sparqle_stream.llm import Llm
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.models import Model
+    from sparqle_stream.pieces import CtcPieces
     from sparqle_stream.qformer import QFormer
+    from sparqle_stream.torch_model import SparqleModel
 
 Floats = npt.NDArray[np.float32]
 
@@ -82,7 +85,7 @@ def tiny_pieces() -> CtcPieces:
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
-    from sparqle_stream.ctc import CtcPieces
+    from sparqle_stream.pieces import CtcPieces
 
     vocab = {piece: i for i, piece in enumerate([*PIECES, "▁"])}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[("▁", x) for x in LETTERS]))
@@ -125,8 +128,8 @@ def tiny_model(seed: int = 0, n_layers: int = 2) -> SparqleModel:
     from sparqle_stream.ctc import CtcHead
     from sparqle_stream.encoder import Encoder
     from sparqle_stream.llm import Llm
-    from sparqle_stream.models import SparqleModel
     from sparqle_stream.qformer import QFormer
+    from sparqle_stream.torch_model import SparqleModel
 
     cfg = tiny_config(n_layers)
     with torch.random.fork_rng(devices=[]):
@@ -239,27 +242,33 @@ class OracleBatch:
     It knows what a slot can know: words whose end was heard in it, after those of its prefix.
     """
 
-    def __init__(self, model: SparqleModel, n_slots: int) -> None:
+    def __init__(self, model: Model, n_slots: int) -> None:
         self.model = model
         self.n_slots = n_slots
         self.slots = [_OracleSlot() for _ in range(n_slots)]
         self.seam_prefixes: list[str] = []
 
+    def working(self, threads: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def state_bytes(self) -> int:
+        return 0
+
     def wipe(self, row: int) -> None:
         self.slots[row] = _OracleSlot()
 
-    def run(self, sessions: Mapping[int, Session]) -> ChunkResult:
+    def run(self, sessions: Mapping[int, Session]) -> StepResult:
         """One chunk of every session, as `Batch.run`."""
-        tokens: list[list[int]] = [[] for _ in range(self.n_slots)]
+        tokens: dict[int, list[int]] = {}
         for row, session in sessions.items():
             turn = session.next_turn()
             n_allowed = session.hear(self._hear(row, turn)).n_most
             slot = self.slots[row]
             slot.unsaid += self._write(slot, session.options.delay_ms)
             tokens[row], slot.unsaid = slot.unsaid[:n_allowed], slot.unsaid[n_allowed:]
-        return ChunkResult(torch.zeros(0), tokens)
+        return StepResult(tokens)
 
-    def _hear(self, row: int, turn: Turn) -> torch.Tensor:
+    def _hear(self, row: int, turn: Turn) -> Floats:
         """The chunk's letters go into the row's slot -> certain CTC log-probabilities (C, V)."""
         if turn.start is Start.SEGMENT:
             self.slots[row] = _OracleSlot()
@@ -273,7 +282,7 @@ class OracleBatch:
         middles = turn.pcm[LETTER_SAMPLES // 2 :: LETTER_SAMPLES]
         codes = np.rint(middles * CODE_LEVELS).astype(int).tolist()
         slot.codes = slot.codes + codes
-        log_probs = torch.full((len(codes), len(PIECES) + 1), -30.0)
+        log_probs = np.full((len(codes), len(PIECES) + 1), -30.0, np.float32)
         log_probs[range(len(codes)), codes] = 0.0
         return log_probs
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from sparqle_stream.config import EncoderConfig, LlmConfig
+from sparqle_stream.config_json import read_json
 from sparqle_stream.errors import ModelError
+from sparqle_stream.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,24 +48,6 @@ _HF_RENAMES = {
 # openai/whisper's encoder -> ours
 _WHISPER_RENAMES = {"encoder.": "", ".attn.": ".", ".mlp.0.": ".fc1.", ".mlp.2.": ".fc2."}
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type
-
-
-class TextTokenizer:
-    """Byte-level BPE: text -> ids and back, without special tokens of its own accord."""
-
-    def __init__(self, tokenizer: Tokenizer, bos_id: int) -> None:
-        self.bos_id = bos_id
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def save(self, path: Path) -> None:
-        self._tokenizer.save(str(path))
-
-    def decode(self, ids: list[int]) -> str:
-        """Bytes that are not UTF-8 (yet) come out as U+FFFD."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,13 +280,6 @@ def merge_lora(state: dict[str, Tensor], lora: dict[str, Tensor], scale: float) 
             )
         merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
         state[f"{name}.weight"] = merged.to(weight.dtype)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as err:
-        raise ModelError(f"cannot read {path}: {err}", hint="fetch or export it anew") from err
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

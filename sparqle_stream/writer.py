@@ -6,9 +6,10 @@ CTC / attention decoding, Watanabe et al., 2017, word by word):
 
     score = log p(heard; words) + llm_weight * log p(LLM)
 
-So the LLM chooses among what was heard, and can hardly skip, repeat or invent; case and punctuation
+where logits do for log p(LLM): what is compared in one place of a text has one normaliser. So the
+LLM chooses among what was heard, and can hardly skip, repeat or invent; case and punctuation
 are its own. Contract: a writer sees what was heard until the end of its chunk and what it wrote
-itself, nothing else; what it wrote is committed. What writers answer to is `llm.Writer`.
+itself, nothing else; what it wrote is committed. What writers answer to is `decode.Writer`.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ class Greedy:
     def suggest(self) -> list[int]:
         return []
 
-    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> list[int]:
+    def pick(self, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
         self.n_written += 1
         return [ids[0]]
+
+    def is_over(self) -> bool:
+        return self.n_written >= self.n_most
 
 
 @dataclass(slots=True)
@@ -101,26 +105,37 @@ class Joint:
     # What the next word may be, in each of its forms; and the punctuation before it.
     _due: list[tuple[Candidate, list[int]]] = field(default_factory=list)
     _marks: list[int] = field(default_factory=list)
+    _is_known: bool = False  # whether both are of now
 
     def goes_on(self, stop: float) -> bool:
-        if self.n_written >= self.n_most:
+        if self.is_over():
             return False
+        # Punctuation alone may be left: the stop head knows where it belongs.
+        return bool(self._due) or stop <= -self.hearing.cfg.mark_odds
+
+    def is_over(self) -> bool:
+        """No word is due, and no place where punctuation could stand."""
+        if self.n_written >= self.n_most:
+            return True
+        if not self._is_known:
+            self._look()
+        is_quiet = self.is_last or not self.hearing.beam.is_open
+        return not self._due and not (is_quiet and self.hearing.may_mark)
+
+    def _look(self) -> None:
         hearing = self.hearing
         due = hearing.due(self.n_delay, is_last=self.is_last)
         self._due = [(c, form) for c in due for form in hearing.forms(c.word.text) if form]
         self._marks = hearing.marks()
-        if self._due:
-            return True
-        # Punctuation alone is left: the stop head knows where it belongs.
-        is_quiet = self.is_last or not hearing.beam.is_open
-        return is_quiet and hearing.may_mark and stop <= -hearing.cfg.mark_odds
+        self._is_known = True
 
     def suggest(self) -> list[int]:
         """First tokens of all that could be written next."""
         return [form[0] for _, form in self._due] + self._marks
 
-    def pick(self, ids: Sequence[int], log_probs: Sequence[float]) -> list[int]:
-        hearing, of = self.hearing, dict(zip(ids, log_probs, strict=True))
+    def pick(self, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
+        hearing, of = self.hearing, dict(zip(ids, scores, strict=True))
+        self._is_known = False
         mark = max(self._marks, key=of.__getitem__, default=None)
         if not self._due:
             return self._write_mark(mark)

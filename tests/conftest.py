@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from sparqle_stream.models import SparqleModel
+    from sparqle_stream.torch_model import SparqleModel
 
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = REPO / "sparqle_stream" / "assets"

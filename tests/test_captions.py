@@ -20,7 +20,7 @@ from sparqle_stream.captions import (
     match_words,
 )
 from sparqle_stream.config import CaptionConfig
-from sparqle_stream.ctc import greedy_path
+from sparqle_stream.pieces import greedy_path
 from sparqle_stream.testing import PIECES, ByteTokenizer, WordTokenizer, tiny_pieces
 
 CHUNK = 5120  # samples

@@ -137,9 +137,10 @@ def test_print_config_shows_what_options_and_variables_come_to(run):
 
 
 def test_dtypes_are_those_of_the_model():
-    from sparqle_stream.quantize import DTYPES
+    from sparqle_stream import models
 
-    assert arguments.DTYPES == DTYPES
+    assert arguments.DTYPES == models.DTYPES
+    assert arguments.BACKENDS == models.BACKENDS
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,12 @@ def finals(events) -> list[messages.Final]:
 
 
 def state_tensors(batch: Batch):
+    state = batch.stages.state
     for stage in ("features", "encoder", "qformer", "llm"):
-        part = getattr(batch.state, stage)
+        part = getattr(state, stage)
         for field in fields(part):
             yield f"{stage}.{field.name}", getattr(part, field.name)
-    yield "recent", batch.state.recent
+    yield "recent", state.recent
 
 
 @pytest.fixture(scope="module")

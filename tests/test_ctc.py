@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparqle_stream.config import CtcConfig
-from sparqle_stream.ctc import BLANK, CtcHead, CtcPieces, greedy_path
+from sparqle_stream.ctc import CtcHead
+from sparqle_stream.pieces import BLANK, CtcPieces, greedy_path
 from training.text import spoken, train_pieces
 
 CFG = CtcConfig(width=6, hidden=8, n_pieces=5)

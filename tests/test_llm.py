@@ -179,16 +179,16 @@ def test_threshold_decides_when_to_stop(llm):
     assert [len(t) for t in decode_alone(llm, chunks, threshold=1.0 - 1e-9)[0]] == [3, 3, 3, 3]
 
 
-def test_a_writer_chooses_among_the_best_and_what_it_suggests(llm):
-    """The best id and each suggestion once, scored; what the writer picks is written whole."""
+def test_a_writer_chooses_among_what_it_suggests(llm):
+    """Each suggestion once, with its logit; what the writer picks is written whole."""
     offered = []
 
     class Picky(Greedy):
         def suggest(self):
             return [2, 2, 9]
 
-        def pick(self, ids, log_probs):
-            offered.append((list(ids), list(log_probs)))
+        def pick(self, ids, scores):
+            offered.append((list(ids), list(scores)))
             self.n_written += 1
             return [9, 3]
 
@@ -197,13 +197,20 @@ def test_a_writer_chooses_among_the_best_and_what_it_suggests(llm):
     state, tokens = llm_stage.step(llm, state, queries, active, [Picky(1, 1.0 - 1e-9)])
     assert tokens == [[9, 3]]
     assert int(state.length[0]) == 3 + queries.shape[1] + 2
-    ids, log_probs = offered[0]
+    ids, scores = offered[0]
     hidden = llm.forward_train(torch.cat([llm.embed(torch.tensor([[1, 5, 7]])), queries], dim=1))
-    expected = llm.logits(hidden[0, -1]).log_softmax(-1)
-    assert len(ids) == len(set(ids))
-    assert {2, 9} <= set(ids)
-    assert ids[0] == int(expected.argmax())
-    torch.testing.assert_close(torch.tensor(log_probs), expected[ids], atol=1e-4, rtol=1e-4)
+    expected = llm.logits(hidden[0, -1])
+    assert ids == [2, 9]
+    torch.testing.assert_close(torch.tensor(scores), expected[ids], atol=1e-4, rtol=1e-4)
+
+
+def test_a_writer_without_suggestions_gets_the_best(llm):
+    state = llm_stage.prefill(llm, llm_stage.init_state(CFG, 1), [[1, 5, 7]])
+    chunk, active = queries_of(0, 1)[0], torch.tensor([True])
+    writers = [Greedy(1, 1.0 - 1e-9)]
+    _, tokens = llm_stage.step(llm, state, chunk, active, writers)
+    hidden = llm.forward_train(torch.cat([llm.embed(torch.tensor([[1, 5, 7]])), chunk], dim=1))
+    assert tokens == [[int(llm.logits(hidden[0, -1]).argmax())]]
 
 
 def test_gradients_reach_adapters_under_frozen_weights(llm):

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from sparqle_stream import artifacts, models, weights
 from sparqle_stream.config import ModelConfig
+from sparqle_stream.config_json import config_from_json
 from sparqle_stream.errors import ConfigError, ModelError
-from sparqle_stream.weights import LlmFiles, TextTokenizer
+from sparqle_stream.tokenizer import TextTokenizer
+from sparqle_stream.weights import LlmFiles
 
 REPO = Path(__file__).resolve().parent.parent
 LORA_SCALE = 0.5
@@ -75,7 +77,7 @@ def folder(written, tmp_path):
 
 
 def test_load_gives_what_was_written(written, tiny):
-    model = models.load(written[0], llm=written[1], dtype="float32")
+    model = models.load(written[0], llm=written[1], backend="torch")
     assert model.name == "tiny"
     assert model.cfg == tiny.cfg
     assert model.llm.cfg.n_slot == tiny.cfg.llm.n_slot, "the slot is the model's, not the LLM's"
@@ -92,7 +94,7 @@ def test_load_gives_what_was_written(written, tiny):
 def test_lora_is_merged_with_its_scale(written, tiny):
     """gate and up lie in one matrix after loading; only up was adapted."""
     bridge = load_file(written[0] / "bridge.safetensors")
-    model = models.load(written[0], llm=written[1], dtype="float32")
+    model = models.load(written[0], llm=written[1], backend="torch")
     gate, up = model.llm.layers[1].mlp.gate_up_proj.weight.chunk(2)
     change = bridge[f"lora.{ADAPTED}.b"] @ bridge[f"lora.{ADAPTED}.a"] * LORA_SCALE
     plain = tiny.llm.layers[1].mlp
@@ -102,29 +104,52 @@ def test_lora_is_merged_with_its_scale(written, tiny):
     assert float((up - plain.up_proj.weight).abs().mean()) > 0.01
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes_of_torch(written, dtype):
+    model = models.load(written[0], llm=written[1], dtype=dtype, backend="torch")
+    for weight in (model.encoder.ln_post, model.qformer.out, model.llm.norm):
+        assert weight.weight.dtype == getattr(torch, dtype)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "encoder_dtype", "llm_dtype"),
+    ("asked", "device", "comes_to"),
     [
-        ("float32", torch.float32, torch.float32),
-        ("bfloat16", torch.bfloat16, torch.bfloat16),
-        ("int8", torch.float32, torch.bfloat16),
-        ("auto", torch.float32, torch.bfloat16),
+        (("auto", "auto"), "cpu", ("onnx", "int4")),
+        (("auto", "float32"), "cpu", ("onnx", "float32")),
+        (("auto", "bfloat16"), "cpu", ("torch", "bfloat16")),
+        (("torch", "auto"), "cpu", ("torch", "float32")),
+        (("auto", "auto"), "cuda", ("torch", "bfloat16")),
     ],
 )
-def test_dtypes(written, dtype, encoder_dtype, llm_dtype):
-    model = models.load(written[0], llm=written[1], dtype=dtype)
-    assert model.encoder.ln_post.weight.dtype == encoder_dtype
-    assert model.qformer.out.weight.dtype == encoder_dtype
-    assert model.llm.norm.weight.dtype == llm_dtype
+def test_what_auto_means(asked, device, comes_to):
+    assert models.choose(*asked, device) == comes_to
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "hint"),
+    [
+        (("onnx", "auto"), "cuda", "--backend torch"),
+        (("torch", "int8"), "cpu", "float32, bfloat16"),
+        (("onnx", "bfloat16"), "cpu", "int4, int8, float32"),
+        (("jax", "auto"), "cpu", "onnx"),
+        (("auto", "float64"), "cpu", "int4"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(asked, device, hint):
+    with pytest.raises(ConfigError) as caught:
+        models.choose(*asked, device)
+    assert hint in caught.value.hint
 
 
 def test_starting_up_imports_no_heavy_library(written):
-    """transformers takes seconds, gguf and a compiler (sympy) one each."""
+    """torch and transformers take seconds, gguf one; graphs that are there need none of them."""
+    models.load(written[0], llm=written[1])
     code = (
         "import sys\n"
         "from sparqle_stream import models\n"
         f"models.load({str(written[0])!r}, llm={str(written[1])!r})\n"
-        "print([m for m in ('transformers', 'gguf', 'sympy', 'filelock') if m in sys.modules])\n"
+        "heavy = ('torch', 'transformers', 'gguf', 'onnx', 'filelock')\n"
+        "print([m for m in heavy if m in sys.modules])\n"
     )
     path = os.pathsep.join([str(REPO), str(REPO / "kernels")])
     done = subprocess.run(
@@ -138,9 +163,9 @@ def test_starting_up_imports_no_heavy_library(written):
 
 
 def test_a_random_model_by_name():
-    model = models.load("random:tiny", dtype="int8")
+    model = models.load("random:tiny")
     assert model.weights_hash == "seed-0"
-    assert model.llm.head is not None
+    assert model.llm.layers[0].attn.qkv_proj is not None
 
 
 def test_weights_hash_follows_every_file(written, folder, tmp_path):
@@ -253,4 +278,4 @@ def test_an_unknown_dtype_is_a_config_error(written):
 def test_config_survives_json():
     cfg = ModelConfig(name="x")
     raw = json.loads(json.dumps(asdict(cfg)))
-    assert models.config_from_json(ModelConfig, raw, artifacts.ASSETS) == cfg
+    assert config_from_json(ModelConfig, raw, artifacts.ASSETS) == cfg

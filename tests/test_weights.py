@@ -10,7 +10,7 @@ from test_artifacts import tiny_gguf
 from sparqle_stream import artifacts, encoder, weights
 from sparqle_stream.config import EncoderConfig
 from sparqle_stream.errors import ModelError
-from sparqle_stream.models import load_llm
+from sparqle_stream.torch_model import load_llm
 
 IDS = [[1, 20, 31, 7, 90, 90, 3, 55, 41, 12]]
 TOLERANCE = 2e-5  # float32, a few layers, another order of the same sums

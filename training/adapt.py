@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparqle_stream.config import SAMPLE_RATE_HZ, CtcConfig
-from sparqle_stream.ctc import CtcHead, CtcPieces
+from sparqle_stream.ctc import CtcHead
 from sparqle_stream.encoder import SILENT_MEL, Encoder
+from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.weights import load_into, read_safetensors
 from training.data import AugmentConfig, spec_augment
 from training.hearing import distil_loss, encoder_config, mel_of

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sparqle_stream.config import FRAMES_PER_CTC
-from sparqle_stream.ctc import BLANK, CtcPieces
+from sparqle_stream.pieces import BLANK, CtcPieces
 from training.text import spoken
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sparqle_stream.config import FRAMES_PER_QUERY, QFormerConfig
-from sparqle_stream.ctc import CtcPieces
 from sparqle_stream.errors import ConfigError
-from sparqle_stream.models import load_llm
+from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.qformer import QFormer
 from sparqle_stream.tasks import name_of
+from sparqle_stream.torch_model import load_llm
 from sparqle_stream.weights import load_into, merge_lora, part, read_safetensors
 from training.data import AugmentConfig
 from training.hearing import load_ear

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sparqle_stream.ctc import CtcPieces, greedy_path
+from sparqle_stream.pieces import CtcPieces, greedy_path
 from training.corpus import Clip, Pack
 from training.errors import reported
 from training.hearing import load_ear, posteriors

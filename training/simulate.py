@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparqle_stream.ctc import BLANK, CtcPieces
+from sparqle_stream.pieces import BLANK, CtcPieces
 from training.align import AlignedWord
 from training.text import spoken, written
 

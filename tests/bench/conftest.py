@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bench_wav import write_wav
 
-from bench import manifests
+from training.manifests import MANIFEST
 from sparqle_stream import testing
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.engine import Engine
@@ -34,7 +34,7 @@ def make_folder(tmp_path) -> MakeFolder:
             pcm = testing.say(said.split()) if said else np.zeros(SAMPLE_RATE_HZ, np.float32)
             write_wav(folder / f"audio/{i}.wav", pcm)
             lines.append(json.dumps({"id": f"r{i}", "audio": f"audio/{i}.wav"} | entry))
-        (folder / manifests.MANIFEST).write_text("\n".join(lines) + "\n")
+        (folder / MANIFEST).write_text("\n".join(lines) + "\n")
         return folder
 
     return make

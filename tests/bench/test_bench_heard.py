@@ -29,7 +29,7 @@ class Spy:
             return turn
 
         def spied_hear(session, log_probs):
-            self.segments[-1] += log_probs.argmax(dim=-1).tolist()
+            self.segments[-1] += log_probs.argmax(axis=-1).tolist()
             return hear(session, log_probs)
 
         monkeypatch.setattr(Session, "next_turn", spied_turn)
@@ -49,7 +49,7 @@ def test_it_is_what_the_engine_heard(monkeypatch, tiny, clip, vad, chunk_ms, del
         events = engine.transcribe(pcm, options)
     assert len(spy.segments) >= (1 if vad == "off" else 2)
     assert all(len(set(best)) > 10 for best in spy.segments)
-    paths = [x.argmax(dim=-1).tolist() for x in heard.posteriors(tiny, options, pcm, events)]
+    paths = [x.argmax(axis=-1).tolist() for x in heard.posteriors(tiny, options, pcm, events)]
     assert paths == spy.segments
 
 

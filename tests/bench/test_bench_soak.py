@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from bench import soak
 from bench.soak import Leave, Plan, Tally
@@ -94,12 +93,8 @@ def test_streams_are_planned_as_they_are_said_to_be():
     assert shares == pytest.approx(soak.LEAVES, abs=0.03)
 
 
-def test_tensor_bytes_counts_every_tensor(tiny):
-    from sparqle_stream import pipeline
-
-    nested = {"a": [torch.zeros(3), (torch.zeros(2, dtype=torch.int8), 7)], "b": "text"}
-    assert soak.tensor_bytes(nested) == 14
-    one, three = (soak.tensor_bytes(pipeline.init_state(tiny, n)) for n in (1, 3))
+def test_state_bytes_count_every_row(tiny):
+    one, three = (tiny.make_stages(n).state_bytes() for n in (1, 3))
     assert three == 3 * one > 10_000
 
 

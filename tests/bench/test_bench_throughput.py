@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -405,18 +403,6 @@ def test_the_bound_is_bytes_over_bandwidth(tiny):
     assert got["chunk_ms_at_least"] == pytest.approx(megabytes / 2, abs=0.15)
     assert got["rtf_at_least"] == pytest.approx(got["chunk_ms_at_least"] / 320, abs=1e-3)
     assert bounds.read_gigabytes_per_s(1 << 20, 2) > 0.01
-
-
-def test_int8_reads_one_byte_a_weight(tiny):
-    """The second form of its matrices is for many rows, and the embedding is a lookup."""
-    from bench import bounds
-    from sparqle_stream import quantize
-
-    llm = quantize.prepare(copy.deepcopy(tiny.llm), "int8")
-    plain, int8 = (bounds.weight_megabytes(m) for m in (tiny, replace(tiny, llm=llm)))
-    # A quarter of float32, and two bytes of scale for the 64 weights or more of a row.
-    assert 0.25 < int8["llm"] / plain["llm"] < 0.28
-    assert 0.25 < int8["vocabulary"] / plain["vocabulary"] < 0.28
 
 
 def test_a_packet_is_sent_once_its_last_sample_is_spoken(reel):

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparqle_stream.ctc import BLANK, greedy_path
 from sparqle_stream.errors import ConfigError
+from sparqle_stream.pieces import BLANK, greedy_path
 from training import align
 from training.align import BAD_ALIGNMENT, CTC_EARLY_FRAMES, align_words, viterbi
 from training.corpus import Pack

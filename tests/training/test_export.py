@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from sparqle_stream.artifacts import sha256
 from sparqle_stream.config import ModelConfig, WriterConfig
-from sparqle_stream.ctc import CtcPieces
+from sparqle_stream.config_json import config_from_json
 from sparqle_stream.errors import ConfigError
-from sparqle_stream.models import config_from_json
+from sparqle_stream.pieces import CtcPieces
 from training.export import compact, export
 from training.text import train_pieces
 

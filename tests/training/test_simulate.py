@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from sparqle_stream.ctc import BLANK, greedy_path
+from sparqle_stream.pieces import BLANK, greedy_path
 from training.simulate import MOST_FRAMES, simulate
 from training.text import spoken, train_pieces, written
 

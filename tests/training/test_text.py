@@ -12,7 +12,8 @@ from training.text import is_spelled_out, spoken, written
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Mr. O'Neil -- said: 'No!'", "mr o'neil said no"),
+        ("Mr. O'Neil -- said: 'No!'", "mister o'neil said no"),
+        ("Dr. St. John and MRS. Drew", "doctor saint john and missus drew"),
         ("It’s the dogs’ ‘bowl’", "it's the dogs bowl"),
         ("  twenty-one\nTIMES ", "twenty one times"),
         ("'' ' -", ""),

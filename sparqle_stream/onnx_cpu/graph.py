@@ -1,0 +1,165 @@
+"""Graph: a small builder of ONNX graphs, with the few layers that all stages are made of.
+
+Names of values are made here; a graph is written with its weights in one file beside it, which ONNX
+Runtime maps into memory instead of copying it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sparqle_stream.onnx_cpu.blocks import quantize_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+OPSET, IR_VERSION = 21, 10
+CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+CONTRIB_OPS = frozenset(
+    [
+        "BiasGelu",
+        "FusedMatMul",
+        "GroupQueryAttention",
+        "MatMulNBits",
+        "QuickGelu",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    ]
+)
+FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
+EXTERNAL_BYTES = 4096  # weights from this size on lie in the file beside the graph
+
+
+class Graph:
+    """One graph in the making; every method that makes a value returns its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._nodes: list[Any] = []
+        self._weights: list[Any] = []
+        self._inputs: list[Any] = []
+        self._outputs: list[Any] = []
+        self._n_values = 0
+
+    # --- values ----------------------------------------------------------------------------------
+
+    def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, value: str, shape: Sequence[int | str]) -> None:
+        """`value` leaves the graph as the float32 output `name`."""
+        self.add("Identity", value, outputs=[name])
+        self._outputs.append(helper.make_tensor_value_info(name, FLOAT, shape))
+
+    def declare(self, name: str, shape: Sequence[int | str]) -> str:
+        """A float32 output that some node will write under this name itself."""
+        self._outputs.append(helper.make_tensor_value_info(name, FLOAT, shape))
+        return name
+
+    def const(self, value: Array | float | Sequence[int], kind: type | None = None) -> str:
+        """A constant: arrays as they are, whole numbers as int64, others as float32."""
+        array = np.asarray(value, kind)
+        if kind is None and array.dtype == np.float64:
+            array = array.astype(np.float32)
+        name = self._new("c")
+        self._weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def add(self, op: str, *inputs: str, outputs: list[str] | int = 1, **attributes: Any) -> Any:  # noqa: ANN401 - one name, or as many as asked for
+        """A node; the name of its output, or a list of them. An input "" is left out."""
+        names = [self._new(op) for _ in range(outputs)] if isinstance(outputs, int) else outputs
+        domain = CONTRIB if op in CONTRIB_OPS else ""
+        self._nodes.append(helper.make_node(op, inputs, names, domain=domain, **attributes))
+        return names[0] if len(names) == 1 else names
+
+    def _new(self, hint: str) -> str:
+        self._n_values += 1
+        return f"{hint}_{self._n_values}"
+
+    # --- shapes ----------------------------------------------------------------------------------
+
+    def size(self, x: str, axis: int) -> str:
+        """Length of an axis, as a (1,) int64."""
+        return str(self.add("Shape", x, start=axis, end=axis + 1))
+
+    def count(self, n: str) -> str:
+        """0 .. n - 1 as int64, n (1,)."""
+        scalar = self.add("Squeeze", n)
+        return str(self.add("Range", self.const(0), scalar, self.const(1)))
+
+    def reshape(self, x: str, *shape: int) -> str:
+        """0 keeps an axis, -1 takes what is left."""
+        return str(self.add("Reshape", x, self.const(list(shape))))
+
+    def transpose(self, x: str, *order: int) -> str:
+        return str(self.add("Transpose", x, perm=list(order)))
+
+    def unsqueeze(self, x: str, *axes: int) -> str:
+        return str(self.add("Unsqueeze", x, self.const(list(axes))))
+
+    def slice(self, x: str, start: int, end: int, axis: int) -> str:
+        at = (self.const([number]) for number in (start, end, axis))
+        return str(self.add("Slice", x, *at))
+
+    def concat(self, *parts: str, axis: int) -> str:
+        return str(self.add("Concat", *parts, axis=axis))
+
+    # --- layers ----------------------------------------------------------------------------------
+
+    def linear(self, x: str, weight: Floats, bias: Floats | None = None) -> str:
+        """x (..., in) times weight (out, in), float32."""
+        y = self.add("MatMul", x, self.const(weight.T))
+        return str(y if bias is None else self.add("Add", y, self.const(bias)))
+
+    def low_bit_linear(self, x: str, weight: Floats, bits: int) -> str:
+        """The same in blocks of 4 or 8 bits; 32 bits: float32.
+
+        x is rounded to 8 bits in the kernel, in blocks of a row: rows never share a scale.
+        """
+        if bits == 32:
+            return self.linear(x, weight)
+        packed = quantize_blocks(weight, bits)
+        names = [self.const(part) for part in packed.inputs]
+        sizes = {"K": weight.shape[1], "N": weight.shape[0], "block_size": packed.block}
+        return str(self.add("MatMulNBits", x, *names, bits=bits, accuracy_level=4, **sizes))
+
+    def heads(self, x: str, n_heads: int) -> str:
+        """x (B, T, H d) -> (B, H, T, d)."""
+        return self.transpose(self.reshape(x, 0, 0, n_heads, -1), 0, 2, 1, 3)
+
+    def merged(self, x: str) -> str:
+        """x (B, H, T, d) -> (B, T, H d)."""
+        return self.reshape(self.transpose(x, 0, 2, 1, 3), 0, 0, -1)
+
+    def scores(self, q: str, k: str) -> str:
+        """q (B, H, T, d), k (B, H, L, d) -> (B, H, T, L)."""
+        return str(self.add("FusedMatMul", q, k, transB=1))
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def model(self) -> Any:  # noqa: ANN401 - onnx.ModelProto, which has no types
+        graph = helper.make_graph(
+            self._nodes, self.name, self._inputs, self._outputs, self._weights
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+
+    def save(self, folder: Path) -> None:
+        """`name`.onnx and `name`.data into the folder."""
+        onnx.save_model(
+            self.model(),
+            folder / f"{self.name}.onnx",
+            save_as_external_data=True,
+            location=f"{self.name}.data",
+            size_threshold=EXTERNAL_BYTES,
+        )

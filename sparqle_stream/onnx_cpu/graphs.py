@@ -1,0 +1,365 @@
+"""Graphs: what `features`, `encoder` with `ctc`, `qformer` and `llm` compute in a step, as ONNX.
+
+In: configs and weights under the names of the torch modules, as numpy arrays. Out: a `Graph` each.
+History goes in as rings and slots and what is new comes out: the caller writes it into its rings
+(position modulo length); the LLM's slots alone are written in place. All but the LLM's matrices is
+float32. The graphs equal the torch stages to 1e-3 over a stream; tests/onnx_cpu says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparqle_stream.config import FRAMES_PER_CTC, FRAMES_PER_QUERY, QUERY_MS, SAMPLE_RATE_HZ
+from sparqle_stream.onnx_cpu.graph import FLOAT, INT32, INT64, Floats, Graph
+from sparqle_stream.onnx_cpu.settings import places
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparqle_stream.config import EncoderConfig, FeatureConfig, LlmConfig, QFormerConfig
+
+    Weights = Mapping[str, Floats]
+    Shape = list[int | str]
+
+LOOK_BACK_SAMPLES = 360
+FLOOR_DB8 = 8.0
+EPS = 1e-5  # of LayerNorm
+UNSEEN = -1e30  # added to the score of what must not be seen
+
+
+# --- features -------------------------------------------------------------------------------------
+
+
+def features(cfg: FeatureConfig, mel_filters: Floats) -> Graph:
+    """wave (B, 360 + S), peak (B) -> mel (B, F, M), new_peak (B); mel_filters (n_fft / 2 + 1, M).
+
+    The spectrum is a product with the cosines and sines of a windowed Fourier transform.
+    """
+    g = Graph("features")
+    wave = g.input("wave", FLOAT, ["B", "W"])
+    peak = g.input("peak", FLOAT, ["B"])
+    n_samples = g.add("Sub", g.size(wave, 1), g.const([LOOK_BACK_SAMPLES]))
+    frame = g.count(g.add("Div", n_samples, g.const([cfg.hop_samples])))
+    start = g.unsqueeze(g.add("Mul", frame, g.const(cfg.hop_samples)), 1)
+    index = g.add("Add", start, g.const(np.arange(cfg.n_fft)))
+    spectrum = g.linear(g.add("Gather", wave, index, axis=1), _fourier(cfg.n_fft))
+    half = cfg.n_fft // 2 + 1
+    squares = g.add("Mul", spectrum, spectrum)
+    power = g.add("Add", *g.add("Split", squares, g.const([half, half]), axis=-1, outputs=2))
+    energy = g.add("Max", g.add("MatMul", power, g.const(mel_filters)), g.const(1e-10))
+    log = g.add("Mul", g.add("Log", energy), g.const(1.0 / np.log(10.0)))
+    gain, new_peak = _slow_gain(g, cfg, g.add("ReduceMax", log, g.const([2]), keepdims=0), peak)
+    loud = g.add("Add", log, g.unsqueeze(gain, 2))
+    floored = g.add("Max", loud, g.const(cfg.max_log10 - FLOOR_DB8))
+    mel = g.add("Mul", g.add("Add", floored, g.const(4.0)), g.const(0.25))
+    g.output("mel", mel, ["B", "F", cfg.n_mels])
+    g.output("new_peak", new_peak, ["B"])
+    return g
+
+
+def _fourier(n_fft: int) -> Floats:
+    """(2 (n / 2 + 1), n): rows of cosines, then of sines, under a periodic Hann window."""
+    n = np.arange(n_fft)
+    angle = 2.0 * np.pi * np.outer(np.arange(n_fft // 2 + 1), n) / n_fft
+    window = 0.5 - 0.5 * np.cos(2.0 * np.pi * n / n_fft)
+    return (np.concatenate([np.cos(angle), np.sin(angle)]) * window).astype(np.float32)
+
+
+def _slow_gain(g: Graph, cfg: FeatureConfig, loud: str, peak: str) -> tuple[str, str]:
+    """loud (B, F), peak (B) -> gain (B, F), new peak (B); see sparqle_stream.features."""
+    decay = cfg.gain_decay_per_s * cfg.hop_samples / SAMPLE_RATE_HZ
+    frame = g.count(g.size(loud, 1))
+    ramp = g.add("Mul", g.add("Cast", g.add("Add", frame, g.const(1)), to=FLOAT), g.const(decay))
+    is_past = g.add("LessOrEqual", g.unsqueeze(frame, 0), g.unsqueeze(frame, 1))  # (F, F)
+    risen = g.unsqueeze(g.add("Add", loud, ramp), 1)  # (B, 1, F)
+    seen = g.add("Where", is_past, risen, g.const(UNSEEN))
+    highest = g.add("ReduceMax", seen, g.const([2]), keepdims=0)
+    slow = g.add("Sub", g.add("Max", highest, g.unsqueeze(peak, 1)), ramp)
+    slow = g.add("Max", slow, g.const(cfg.gain_target - cfg.gain_max))
+    gain = g.add("Max", g.add("Sub", g.const(cfg.gain_target), slow), g.const(0.0))
+    return gain, g.add("Squeeze", g.slice(slow, -1, np.iinfo(np.int64).max, 1), g.const([1]))
+
+
+# --- the ear: encoder and CTC ---------------------------------------------------------------------
+
+
+def ear(cfg: EncoderConfig, encoder: Weights, ctc: Weights) -> Graph:
+    """mel (B, 3 + 2 T, M) of a chunk and the 3 frames before it -> frames, log_probs, new K and V.
+
+    position (B): frames since the start; ring_position (B, L): -1 where nothing was written; k_i,
+    v_i (B, H, L, d): each layer's ring.
+    """
+    g = Graph("ear")
+    mel = g.input("mel", FLOAT, ["B", "M", cfg.n_mels])
+    position = g.input("position", INT64, ["B"])
+    ring_position = g.input("ring_position", INT64, ["B", cfg.left_frames])
+    x = _stem(g, cfg, encoder, mel, position)
+    unseen = g.unsqueeze(_mask(g, ring_position), 1, 2)  # (B, 1, 1, L)
+    normed = g.add(
+        "LayerNormalization", x, *_norm(g, encoder, "blocks.0.attn_ln"), epsilon=EPS, axis=-1
+    )
+    for i in range(cfg.n_layers):
+        part = {k.removeprefix(f"blocks.{i}."): v for k, v in encoder.items()}
+        after = "ln_post" if i + 1 == cfg.n_layers else f"blocks.{i + 1}.attn_ln"
+        x, normed = _block(g, cfg, part, i, (x, normed), unseen, _norm(g, encoder, after))
+    g.output("frames", normed, ["B", "T", cfg.width])
+    g.output("log_probs", _ctc(g, ctc, normed), ["B", "C", len(ctc["out.bias"])])
+    return g
+
+
+def _stem(g: Graph, cfg: EncoderConfig, w: Weights, mel: str, position: str) -> str:
+    x = g.transpose(mel, 0, 2, 1)
+    for name, stride in (("conv1", 1), ("conv2", 2)):
+        weights = g.const(w[f"{name}.weight"]), g.const(w[f"{name}.bias"])
+        x = g.add("Gelu", g.add("Conv", x, *weights, kernel_shape=[3], strides=[stride]))
+    x = g.transpose(x, 0, 2, 1)
+    frame = g.add("Add", g.unsqueeze(position, 1), g.count(g.size(x, 1)))
+    index = g.add("Mod", frame, g.const(cfg.n_positions))
+    return str(g.add("Add", x, g.add("Gather", g.const(w["positions"]), index, axis=0)))
+
+
+def _block(
+    g: Graph,
+    cfg: EncoderConfig,
+    w: Weights,
+    i: int,
+    before: tuple[str, str],
+    unseen: str,
+    after: tuple[str, str],
+) -> tuple[str, str]:
+    """One block: (x, normed x) -> x after it, normed with `after` for what follows."""
+    x, normed = before
+    ring: Shape = ["B", cfg.n_heads, cfg.left_frames, cfg.head_width]
+    past_k, past_v = g.input(f"k_{i}", FLOAT, ring), g.input(f"v_{i}", FLOAT, ring)
+    scale = cfg.head_width**-0.5
+    qkv = np.concatenate([w["query.weight"] * scale, w["key.weight"], w["value.weight"]])
+    no_bias = np.zeros(cfg.width, np.float32)
+    bias = np.concatenate([w["query.bias"] * scale, no_bias, w["value.bias"]])
+    parts = g.add("Split", g.linear(normed, qkv, bias), axis=-1, num_outputs=3, outputs=3)
+    q, k, v = (g.heads(part, cfg.n_heads) for part in parts)
+    new: Shape = ["B", cfg.n_heads, "T", cfg.head_width]
+    g.output(f"new_k_{i}", k, new)
+    g.output(f"new_v_{i}", v, new)
+    # The ring is read where it lies: its scores are computed apart from those of the new frames.
+    past = g.add("Add", g.scores(q, past_k), unseen)
+    p = g.add("Softmax", g.concat(past, g.scores(q, k), axis=-1), axis=-1)
+    sizes = g.concat(g.const([cfg.left_frames]), g.size(k, 2), axis=0)
+    p_past, p_new = g.add("Split", p, sizes, axis=-1, outputs=2)
+    mixed = g.add("Add", g.add("MatMul", p_past, past_v), g.add("MatMul", p_new, v))
+    out = g.linear(g.merged(mixed), w["out.weight"])
+    normed, x = _add_norm(g, out, x, _norm(g, w, "mlp_ln"), w["out.bias"])
+    hidden = g.linear(normed, w["fc1.weight"])
+    hidden = g.add("BiasGelu", hidden, g.const(w["fc1.bias"]))
+    normed, x = _add_norm(g, g.linear(hidden, w["fc2.weight"]), x, after, w["fc2.bias"])
+    return x, normed
+
+
+def _ctc(g: Graph, w: Weights, frames: str) -> str:
+    """frames (B, T, D) -> log-probabilities (B, T / 2, V)."""
+    width = FRAMES_PER_CTC * (len(w["norm.weight"]) // FRAMES_PER_CTC)
+    pairs = g.reshape(frames, 0, -1, width)
+    normed = g.add("LayerNormalization", pairs, *_norm(g, w, "norm"), epsilon=EPS, axis=-1)
+    hidden = g.linear(normed, w["hidden.weight"])
+    hidden = g.add("BiasGelu", hidden, g.const(w["hidden.bias"]))
+    return str(g.add("LogSoftmax", g.linear(hidden, w["out.weight"], w["out.bias"]), axis=-1))
+
+
+# --- the Q-Former ---------------------------------------------------------------------------------
+
+
+def qformer(cfg: QFormerConfig, w: Weights) -> Graph:
+    """frames (B, T, W), log_probs (B, T / 2, V) of a chunk -> queries (B, Q, E), new K and V.
+
+    before (B, 1, V): CTC posteriors of the frame before the chunk; delay_ms (B); position (B):
+    frames before the chunk; frame_position (B, Lf), query_position (B, Lq): -1 where nothing was
+    written; self_k_i, self_v_i (B, H, Lq, d), cross_k_i, cross_v_i (B, H, Lf, d): each layer's
+    rings, of past queries and of past frames.
+    """
+    g = Graph("qformer")
+    frames = g.input("frames", FLOAT, ["B", "T", cfg.encoder_width])
+    log_probs = g.input("log_probs", FLOAT, ["B", "C", cfg.n_pieces])
+    before = g.input("before", FLOAT, ["B", 1, cfg.n_pieces])
+    delay_ms = g.input("delay_ms", INT64, ["B"])
+    x = _stacked(g, cfg, w, frames) if cfg.kind == "stack" else _asked(g, cfg, w, frames)
+    normed = g.add("LayerNormalization", x, *_norm(g, w, "out_norm"), epsilon=EPS, axis=-1)
+    x = g.linear(normed, w["out.weight"], w["out.bias"])
+    rounded = g.add("Add", delay_ms, g.const(QUERY_MS // 2))
+    delay = g.add("Div", rounded, g.const(QUERY_MS))
+    told = g.unsqueeze(g.add("Gather", g.const(w["delay.weight"]), delay, axis=0), 1)
+    heard = _heard(g, w, log_probs, before)
+    g.output("queries", g.add("Add", g.add("Add", x, heard), told), ["B", "Q", cfg.llm_width])
+    return g
+
+
+def _stacked(g: Graph, cfg: QFormerConfig, w: Weights, frames: str) -> str:
+    rows = g.reshape(frames, 0, -1, FRAMES_PER_QUERY * cfg.encoder_width)
+    return str(g.add("Gelu", g.linear(rows, w["stack.weight"], w["stack.bias"])))
+
+
+def _asked(g: Graph, cfg: QFormerConfig, w: Weights, frames: str) -> str:
+    """frames (B, T, W) -> (B, Q, D): the layers of kind 'window'."""
+    position = g.unsqueeze(g.input("position", INT64, ["B"]), 1)
+    frame_ring = g.input("frame_position", INT64, ["B", cfg.frame_ring])
+    query_ring = g.input("query_position", INT64, ["B", cfg.query_ring])
+    n_frames = g.size(frames, 1)
+    n_queries = g.add("Div", n_frames, g.const([FRAMES_PER_QUERY]))
+    every = g.count(n_queries)
+    frame = g.add("Add", position, g.count(n_frames))
+    first_frame = g.add("Add", position, g.add("Mul", every, g.const(FRAMES_PER_QUERY)))
+    query = g.add("Div", first_frame, g.const(FRAMES_PER_QUERY))
+    follow = g.add("Sub", g.add("Sub", n_queries, g.const([1])), every)
+    phase = g.add("Min", follow, g.const(cfg.n_phases - 1))
+    asked = g.add("Gather", g.const(w["queries"]), phase, axis=0)  # (Q, D)
+    shape = g.concat(g.size(frames, 0), n_queries, g.const([cfg.width]), axis=0)
+    x = str(g.add("Expand", asked, shape))
+    frame_at = g.concat(frame_ring, frame, axis=1)
+    query_at = g.concat(query_ring, query, axis=1)
+    for i in range(cfg.n_layers):
+        part = {k.removeprefix(f"layers.{i}."): v for k, v in w.items()}
+        x = _attend(g, cfg, part, f"self_{{}}_{i}", x, None, (query_at, query, cfg.query_ring))
+        seen = (frame_at, first_frame, cfg.frame_ring)
+        x = _attend(g, cfg, part, f"cross_{{}}_{i}", x, frames, seen)
+        normed = g.add("LayerNormalization", x, *_norm(g, part, "norm"), epsilon=EPS, axis=-1)
+        hidden = g.linear(normed, part["fc1.weight"])
+        hidden = g.add("BiasGelu", hidden, g.const(part["fc1.bias"]))
+        x = str(g.add("Add", x, g.linear(hidden, part["fc2.weight"], part["fc2.bias"])))
+    return x
+
+
+def _attend(
+    g: Graph,
+    cfg: QFormerConfig,
+    part: Weights,
+    name: str,
+    x: str,
+    source: str | None,
+    seen: tuple[str, str, int],
+) -> str:
+    """x (B, Q, D) + attention over a ring and what is new; None: x itself is what is new.
+
+    seen: places of all keys (B, L + T), of the queries (B, Q), and the ring's length.
+    """
+    key_at, query_at, reach = seen
+    w = {k.removeprefix(f"{name.split('_')[0]}_attn."): v for k, v in part.items()}
+    head_width = cfg.width // cfg.n_heads
+    ring: Shape = ["B", cfg.n_heads, reach, head_width]
+    past_k = g.input(name.format("k"), FLOAT, ring)
+    past_v = g.input(name.format("v"), FLOAT, ring)
+    normed = g.add("LayerNormalization", x, *_norm(g, w, "norm"), epsilon=EPS, axis=-1)
+    scale = head_width**-0.5
+    q = g.heads(g.linear(normed, w["query.weight"] * scale, w["query.bias"] * scale), cfg.n_heads)
+    new = x if source is None else source
+    k = g.heads(g.linear(new, w["key.weight"]), cfg.n_heads)
+    v = g.heads(g.linear(new, w["value.weight"], w["value.bias"]), cfg.n_heads)
+    g.output("new_" + name.format("k"), k, ["B", cfg.n_heads, "N", head_width])
+    g.output("new_" + name.format("v"), v, ["B", cfg.n_heads, "N", head_width])
+    distance = g.add("Sub", g.unsqueeze(key_at, 1), g.unsqueeze(query_at, 2))  # (B, Q, L + T)
+    clipped = g.add("Min", g.add("Max", distance, g.const(-reach)), g.const(reach))
+    age = g.add("Add", clipped, g.const(reach))
+    bias = g.transpose(g.add("Gather", g.const(w["bias"]), age, axis=1), 1, 0, 2, 3)
+    bias = g.add("Add", bias, g.unsqueeze(_mask(g, key_at), 1, 2))
+    keys, values = g.concat(past_k, k, axis=2), g.concat(past_v, v, axis=2)
+    p = g.add("Softmax", g.add("Add", g.scores(q, keys), bias), axis=-1)
+    mixed = g.merged(g.add("MatMul", p, values))
+    return str(g.add("Add", x, g.linear(mixed, w["out.weight"], w["out.bias"])))
+
+
+def _heard(g: Graph, w: Weights, log_probs: str, before: str) -> str:
+    """What CTC heard anew, as embeddings (B, Q, E)."""
+    posterior = g.add("Exp", log_probs)
+    last = g.concat(before, g.slice(posterior, 0, -1, 1), axis=1)
+    rise = g.add("Relu", g.add("Sub", posterior, last))
+    pieces, maps = w["posterior.pieces"], w["posterior.maps"]
+    heard = g.add("MatMul", rise, g.const(pieces))
+    n_parts, width = maps.shape[0], maps.shape[1]
+    stacked = g.reshape(heard, 0, -1, n_parts * width)
+    return str(g.add("MatMul", stacked, g.const(maps.reshape(n_parts * width, -1))))
+
+
+# --- the LLM --------------------------------------------------------------------------------------
+
+
+def llm(cfg: LlmConfig, w: Weights, bits: int) -> Graph:
+    """Appends rows to slots: x (M, E), rows of all slots one after another -> hidden (B', E).
+
+    spread (B, S): row of x for each slot and place, M for none; pack (M): place in (B S) of each
+    row of x; last (B'): rows of x whose final-normed hidden is wanted; n_total (B): rows of a slot,
+    the new ones included, less one; n_new (B): new rows of a slot; k_i, v_i (B, KV, N, d): slots,
+    written in place where the caller binds k_out_i, v_out_i to the same memory.
+    """
+    g = Graph("llm")
+    x = g.input("x", FLOAT, ["M", cfg.width])
+    spread = g.input("spread", INT64, ["B", "S"])
+    pack, last = g.input("pack", INT64, ["M"]), g.input("last", INT64, ["R"])
+    n_total, n_new = g.input("n_total", INT32, ["B"]), g.input("n_new", INT32, ["B"])
+    n_places = places(cfg.n_slot)
+    longest = g.const(np.array(n_places, np.int32))
+    half = np.arange(0, cfg.head_width, 2) / cfg.head_width
+    angle = np.outer(np.arange(n_places), cfg.rope_theta**-half)
+    rope = g.const(np.cos(angle)), g.const(np.sin(angle))
+    head = {"num_heads": cfg.n_heads, "kv_num_heads": cfg.n_kv_heads, "do_rotary": 1}
+    slot: Shape = ["B", cfg.n_kv_heads, n_places, cfg.head_width]
+    nothing = g.const(np.zeros((1, w["layers.0.attn.qkv_proj"].shape[0]), np.float32))
+    first = g.const(w["layers.0.attn_norm.weight"])
+    normed = g.add("SimplifiedLayerNormalization", x, first, epsilon=cfg.rms_eps, axis=-1)
+    for i in range(cfg.n_layers):
+        part = {k.removeprefix(f"layers.{i}."): v for k, v in w.items()}
+        qkv = g.low_bit_linear(normed, part["attn.qkv_proj"], bits)
+        rows = g.add("Gather", g.concat(qkv, nothing, axis=0), spread, axis=0)  # (B, S, ...)
+        past = g.input(f"k_{i}", FLOAT, slot), g.input(f"v_{i}", FLOAT, slot)
+        new = [g.declare(f"{kind}_out_{i}", slot) for kind in "kv"]
+        inputs = [rows, "", "", *past, n_total, longest, *rope, *[""] * 7, n_new]
+        mixed = f"mixed_{i}"
+        g.add("GroupQueryAttention", *inputs, outputs=[mixed, *new], **head)
+        flat = g.reshape(mixed, -1, cfg.n_heads * cfg.head_width)
+        mixed = g.add("Gather", flat, pack, axis=0)
+        out = g.low_bit_linear(mixed, part["attn.o_proj.weight"], bits)
+        normed, x = _add_rms_norm(g, cfg, out, x, part["mlp_norm.weight"])
+        both = g.low_bit_linear(normed, part["mlp.gate_up_proj"], bits)
+        gate, up = g.add("Split", both, axis=-1, num_outputs=2, outputs=2)
+        hidden = g.add("Mul", g.add("QuickGelu", gate, alpha=1.0), up)  # SiLU
+        out = g.low_bit_linear(hidden, part["mlp.down_proj.weight"], bits)
+        is_last = i + 1 == cfg.n_layers
+        after = w["norm.weight"] if is_last else w[f"layers.{i + 1}.attn_norm.weight"]
+        normed, x = _add_rms_norm(g, cfg, out, x, after)
+    g.output("hidden", g.add("Gather", normed, last, axis=0), ["R", cfg.width])
+    return g
+
+
+def vocabulary(weight: Floats, bits: int) -> Graph:
+    """hidden (R, E) -> logits (R, V): for writers that let the LLM choose among all tokens."""
+    g = Graph("vocabulary")
+    hidden = g.input("hidden", FLOAT, ["R", weight.shape[1]])
+    g.output("logits", g.low_bit_linear(hidden, weight, bits), ["R", weight.shape[0]])
+    return g
+
+
+# --- what they share ------------------------------------------------------------------------------
+
+
+def _norm(g: Graph, w: Weights, name: str) -> tuple[str, str]:
+    return g.const(w[f"{name}.weight"]), g.const(w[f"{name}.bias"])
+
+
+def _mask(g: Graph, position: str) -> str:
+    """0 where something was written (position 0 or more), else UNSEEN."""
+    is_seen = g.add("GreaterOrEqual", position, g.const(0))
+    return str(g.add("Where", is_seen, g.const(0.0), g.const(UNSEEN)))
+
+
+def _add_norm(g: Graph, y: str, x: str, norm: tuple[str, str], bias: Floats) -> tuple[str, str]:
+    """LayerNorm(x + y + bias), x + y + bias."""
+    inputs = [y, x, *norm, g.const(bias)]
+    normed, _, _, added = g.add("SkipLayerNormalization", *inputs, outputs=4, epsilon=EPS)
+    return normed, added
+
+
+def _add_rms_norm(g: Graph, cfg: LlmConfig, y: str, x: str, weight: Floats) -> tuple[str, str]:
+    """RmsNorm(x + y), x + y."""
+    inputs = [y, x, g.const(weight)]
+    op = "SkipSimplifiedLayerNormalization"
+    normed, _, _, added = g.add(op, *inputs, outputs=4, epsilon=cfg.rms_eps)
+    return normed, added

@@ -1,0 +1,116 @@
+"""Model: a folder of graphs -> what the engine runs. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from sparqle_stream.config import ModelConfig
+from sparqle_stream.config_json import config_from_json, read_json
+from sparqle_stream.errors import ModelError
+from sparqle_stream.lexicon import Lexicon
+from sparqle_stream.onnx_cpu.settings import FORMAT, INDEX
+from sparqle_stream.onnx_cpu.stages import OnnxStages
+from sparqle_stream.pieces import CtcPieces
+from sparqle_stream.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+    from sparqle_stream.stages import Tokenizer
+
+GRAPHS = ("features", "ear", "qformer", "llm")
+FILES = (
+    *(f"{name}.{kind}" for name in (*GRAPHS, "vocabulary") for kind in ("onnx", "data")),
+    *("tokens.npy", "stop.npy", "pieces.json"),
+)
+
+
+@dataclass(slots=True)
+class OnnxModel:
+    """Sessions of all graphs and what is needed to read and write text."""
+
+    cfg: ModelConfig
+    pieces: CtcPieces
+    lexicon: Lexicon | None  # None: the LLM alone decides what is written
+    tokenizer: Tokenizer
+    name: str
+    weights_hash: str
+    folder: Path
+    sessions: dict[str, Any]  # onnxruntime.InferenceSession by graph
+    tokens: npt.NDArray[np.float16]  # (V, E) embeddings, mapped: what is not used is not read
+    head: npt.NDArray[np.float16]  # (V, E) output embeddings, the same unless untied
+    stop: npt.NDArray[np.float32]  # (E + 1,) stop head
+    threads: int
+
+    def make_stages(self, n_rows: int) -> OnnxStages:
+        return OnnxStages(self, n_rows)
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of each graph that one row reads; of `vocabulary` for all logits."""
+        names = (*GRAPHS, "vocabulary")
+        return {name: (self.folder / f"{name}.data").stat().st_size for name in names}
+
+    def session(self, name: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
+        """The session of a graph; `vocabulary` is loaded when somebody asks for it."""
+        if name not in self.sessions:
+            self.sessions[name] = open_session(self.folder / f"{name}.onnx", self.threads)
+        return self.sessions[name]
+
+
+def load(folder: Path, threads: int = 0, tokenizer: Tokenizer | None = None) -> OnnxModel:
+    """A folder that `export` wrote; `threads` 0: as many as there are cores.
+
+    Raises ModelError for a folder of another version, or with something missing.
+    """
+    raw = read_json(folder / INDEX)
+    if lacking := [name for name in FILES if not (folder / name).is_file()]:
+        raise ModelError(f"{folder} has no {lacking[0]}", hint="export the model anew")
+    if raw.get("format") != FORMAT:
+        raise ModelError(
+            f"{folder} has format {raw.get('format')}, not {FORMAT}",
+            hint="export the model anew with this version",
+        )
+    cfg: ModelConfig = config_from_json(ModelConfig, raw["config"], folder / INDEX)
+    pieces, words = CtcPieces.load(folder / "pieces.json"), folder / "words.safetensors"
+    tokens = _mapped(folder / "tokens.npy")
+    head = folder / "head.npy"
+    return OnnxModel(
+        cfg=cfg,
+        pieces=pieces,
+        lexicon=Lexicon.load(words, pieces) if words.is_file() else None,
+        tokenizer=tokenizer or TextTokenizer.load(folder / "tokenizer.json", raw["bos_id"]),
+        name=raw["name"],
+        weights_hash=raw["weights_hash"],
+        folder=folder,
+        sessions={name: open_session(folder / f"{name}.onnx", threads) for name in GRAPHS},
+        tokens=tokens,
+        head=_mapped(head) if head.is_file() else tokens,
+        stop=np.load(folder / "stop.npy"),
+        threads=threads,
+    )
+
+
+def open_session(path: Path, threads: int) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads of one graph must not spin while the next graph's work.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as err:
+        raise ModelError(f"cannot load {path}: {err}", hint="export the model anew") from err
+
+
+def _mapped(path: Path) -> Any:  # noqa: ANN401 - numpy.memmap
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as err:
+        raise ModelError(f"cannot read {path}: {err}", hint="export the model anew") from err

@@ -1,0 +1,232 @@
+"""ONNX stages: `stages.Stages` over the graphs, on a CPU.
+
+The order of the stages is that of `pipeline.step`, and so is what a row keeps: rings with absolute
+positions, slots that only grow. Rows are written in place, those without a chunk not at all. The
+LLM reads the rows of all slots as one list without padding, in as few passes as it can: a slot's
+prefix waits for its first queries, a chunk's last tokens for those of the next chunk, and queries
+for one in which something may be written.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparqle_stream.config import FRAMES_PER_QUERY
+from sparqle_stream.decode import write
+from sparqle_stream.onnx_cpu.slots import Slots
+from sparqle_stream.stages import N_RECENT, StepResult
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from sparqle_stream.onnx_cpu.model import OnnxModel
+    from sparqle_stream.stages import Floats, Hear
+
+    Ints = npt.NDArray[np.int64]
+
+PATIENCE = 8  # rows that may wait for a pass that somebody needs; longer ones get their own
+LOOK_BACK_SAMPLES = 360  # features.LOOK_BACK_SAMPLES, without importing torch
+FIRST_PEAK = 1.0
+MEL_TAIL = 3
+SILENT_MEL = (1.5 - 8.0 + 4.0) / 4.0
+
+
+class Rings:
+    """Rings of one length: arrays (rows, H, L, d) by name, and what lies at each place."""
+
+    def __init__(
+        self, names: Sequence[str], n_rows: int, n_heads: int, length: int, d: int
+    ) -> None:
+        self.length = length
+        self.arrays = {name: np.zeros((n_rows, n_heads, length, d), np.float32) for name in names}
+        self.position = np.full((n_rows, length), -1, np.int64)
+
+    def of(self, rows: Ints) -> dict[str, Floats]:
+        return {name: _rows(array, rows) for name, array in self.arrays.items()}
+
+    def put(self, rows: Ints, at: Ints, new: Mapping[str, Floats]) -> None:
+        """new (b, H, T, d) at places (b, T), of which the last `length` stay."""
+        at = at[:, -self.length :]
+        index = (rows[:, None], slice(None), at % self.length)
+        for name, array in self.arrays.items():
+            array[index] = new[name][:, :, -self.length :].transpose(0, 2, 1, 3)
+        self.position[rows[:, None], at % self.length] = at
+
+    def forget(self, rows: Ints | int, *, wipe: bool = False) -> None:
+        """-1 makes old bytes invisible; wiped, they are gone too: one may have been no number."""
+        self.position[rows] = -1
+        if wipe:
+            for array in self.arrays.values():
+                array[rows] = 0.0
+
+
+def _rows(array: npt.NDArray[Any], rows: Ints) -> npt.NDArray[Any]:
+    """Rows of an array, where they lie if they lie behind each other."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return array[rows[0] : rows[-1] + 1]
+    return array[rows]
+
+
+class OnnxStages:
+    """All rows of one model of graphs."""
+
+    def __init__(self, model: OnnxModel, n_rows: int) -> None:
+        cfg = model.cfg
+        self.model = model
+        self.tail = np.zeros((n_rows, LOOK_BACK_SAMPLES), np.float32)
+        self.peak = np.full(n_rows, FIRST_PEAK, np.float32)
+        self.mel_tail = np.full((n_rows, MEL_TAIL, cfg.encoder.n_mels), SILENT_MEL, np.float32)
+        self.position = np.zeros(n_rows, np.int64)  # frames since the segment began
+        layers = [f"{kind}_{i}" for i in range(cfg.encoder.n_layers) for kind in "kv"]
+        enc, qf = cfg.encoder, cfg.qformer
+        self.ear = Rings(layers, n_rows, enc.n_heads, enc.left_frames, enc.head_width)
+        n_layers, d = (qf.n_layers if qf.kind == "window" else 0), qf.width // qf.n_heads
+        asked = [f"self_{kind}_{i}" for i in range(n_layers) for kind in "kv"]
+        seen = [f"cross_{kind}_{i}" for i in range(n_layers) for kind in "kv"]
+        self.queries = Rings(asked, n_rows, qf.n_heads, qf.query_ring, d)
+        self.frames = Rings(seen, n_rows, qf.n_heads, qf.frame_ring, d)
+        self.posterior = np.zeros((n_rows, 1, qf.n_pieces), np.float32)
+        self.recent = np.zeros((n_rows, N_RECENT, cfg.llm.width), np.float32)
+        self.slots = Slots(model, n_rows)
+
+    def state_bytes(self) -> int:
+        arrays: list[npt.NDArray[Any]] = [
+            self.tail,
+            self.peak,
+            self.mel_tail,
+            self.position,
+            self.posterior,
+            self.recent,
+        ]
+        for rings in (self.ear, self.queries, self.frames):
+            arrays += [rings.position, *rings.arrays.values()]
+        return sum(array.nbytes for array in arrays) + self.slots.state_bytes()
+
+    def working(self, threads: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    # --- rows ------------------------------------------------------------------------------------
+
+    def wipe(self, row: int) -> None:
+        self.peak[row] = FIRST_PEAK
+        self._forget(row, wipe=True)
+
+    def begin(self, prefixes: Mapping[int, list[int]]) -> None:
+        for row, prefix in prefixes.items():
+            self._forget(row)
+            self.slots.leave({row: prefix})
+
+    def seam(self, prefixes: Mapping[int, list[int]], n_again: Mapping[int, int]) -> None:
+        for row, prefix in prefixes.items():
+            self.slots.forget(row)
+            self.slots.leave({row: prefix})
+            if n := n_again.get(row, 0):
+                self.slots.leave_embedded(row, self.recent[row, -n:].copy())
+
+    def _forget(self, row: int, *, wipe: bool = False) -> None:
+        self.tail[row] = 0.0
+        self.mel_tail[row] = SILENT_MEL
+        self.position[row] = 0
+        for rings in (self.ear, self.queries, self.frames):
+            rings.forget(row, wipe=wipe)
+        self.posterior[row] = 0.0
+        self.recent[row] = 0.0
+        self.slots.forget(row)
+
+    # --- a chunk ---------------------------------------------------------------------------------
+
+    def step(
+        self, pcm: Mapping[int, Floats], delay_ms: Mapping[int, int], hear: Hear
+    ) -> StepResult:
+        lap, rows = _Laps(), np.array(sorted(pcm), np.int64)
+        mel = self._features(rows, np.stack([pcm[row] for row in rows.tolist()]))
+        lap("features")
+        frames, log_probs = self._ear(rows, mel)
+        lap("encoder")
+        delays = np.array([delay_ms[row] for row in rows.tolist()], np.int64)
+        queries = self._qformer(rows, frames, log_probs, delays)
+        lap("qformer")
+        writers = {
+            row: hear(row, heard) for row, heard in zip(rows.tolist(), log_probs, strict=True)
+        }
+        lap("captions")
+        for row, new in zip(rows.tolist(), queries, strict=True):
+            self.slots.leave_embedded(row, new)
+        tokens = write(self.slots, writers)
+        self.slots.read({row: [] for row in writers if self.slots.n_waiting(row) > PATIENCE})
+        lap("llm")
+        return StepResult(tokens, lap.seconds)
+
+    def _features(self, rows: Ints, pcm: Floats) -> Floats:
+        """pcm (b, S) -> log-mel (b, S / 160, M)."""
+        wave = np.concatenate([self.tail[rows], pcm], axis=1)
+        session = self.model.session("features")
+        mel, peak = session.run(("mel", "new_peak"), {"wave": wave, "peak": self.peak[rows]})
+        self.tail[rows], self.peak[rows] = wave[:, -LOOK_BACK_SAMPLES:], peak
+        out: Floats = mel
+        return out
+
+    def _ear(self, rows: Ints, mel: Floats) -> tuple[Floats, Floats]:
+        """mel (b, 2 T, M) -> frames (b, T, D), CTC log-probs (b, T / 2, V)."""
+        mel = np.concatenate([self.mel_tail[rows], mel], axis=1)
+        position = self.position[rows]
+        inputs = {
+            "mel": mel,
+            "position": position,
+            "ring_position": _rows(self.ear.position, rows),
+            **self.ear.of(rows),
+        }
+        names = list(self.ear.arrays)
+        wanted = ["frames", "log_probs", *(f"new_{name}" for name in names)]
+        frames, log_probs, *new = self.model.session("ear").run(wanted, inputs)
+        at = position[:, None] + np.arange(frames.shape[1])
+        self.ear.put(rows, at, dict(zip(names, new, strict=True)))
+        self.mel_tail[rows] = mel[:, -MEL_TAIL:]
+        return frames, log_probs
+
+    def _qformer(self, rows: Ints, frames: Floats, log_probs: Floats, delay_ms: Ints) -> Floats:
+        """-> queries (b, Q, E); moves the rows' clocks on."""
+        position = self.position[rows]
+        inputs = {
+            "frames": frames,
+            "log_probs": log_probs,
+            "before": self.posterior[rows],
+            "delay_ms": delay_ms,
+        }
+        names = [*self.queries.arrays, *self.frames.arrays]
+        if names:
+            inputs |= self.queries.of(rows) | self.frames.of(rows)
+            inputs["position"] = position
+            inputs["query_position"] = _rows(self.queries.position, rows)
+            inputs["frame_position"] = _rows(self.frames.position, rows)
+        wanted = ["queries", *(f"new_{name}" for name in names)]
+        queries, *new = self.model.session("qformer").run(wanted, inputs)
+        at = position[:, None] + np.arange(frames.shape[1])
+        fresh = dict(zip(names, new, strict=True))
+        self.frames.put(rows, at, fresh)
+        self.queries.put(rows, at[:, ::FRAMES_PER_QUERY] // FRAMES_PER_QUERY, fresh)
+        self.posterior[rows] = np.exp(log_probs[:, -1:])
+        self.position[rows] += frames.shape[1]
+        both = np.concatenate([self.recent[rows], queries], axis=1)
+        self.recent[rows] = both[:, -N_RECENT:]
+        out: Floats = queries
+        return out
+
+
+class _Laps:
+    """Wall-clock seconds between calls, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now

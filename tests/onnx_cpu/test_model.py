@@ -1,0 +1,78 @@
+"""model.py and export.py: a folder of graphs is complete, checked, and runs without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from sparqle_stream import models
+from sparqle_stream.errors import ModelError
+from sparqle_stream.onnx_cpu import model as onnx_model
+from sparqle_stream.onnx_cpu.settings import INDEX
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy to spoil."""
+    shutil.copytree(exported(), tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_folder_of_another_format_is_refused(folder):
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(index | {"format": 0}))
+    with pytest.raises(ModelError, match="format 0"):
+        onnx_model.load(folder)
+
+
+@pytest.mark.parametrize("name", ["ear.onnx", "llm.data", "tokens.npy"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=name):
+        onnx_model.load(folder)
+
+
+def test_nothing_is_left_of_a_failed_export(tmp_path, tiny, monkeypatch):
+    from sparqle_stream.onnx_cpu import export
+
+    monkeypatch.setattr(export.graphs, "vocabulary", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.export(tiny, tmp_path / "out", 32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_graphs_run_without_torch(exported):
+    """As a program of its own, which says what it imported."""
+    code = f"""
+import sys
+import numpy as np
+from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
+from sparqle_stream.engine import Engine
+from sparqle_stream.onnx_cpu import model
+from sparqle_stream.tokenizer import TextTokenizer
+from pathlib import Path
+
+class Bytes:
+    bos_id = 1
+    def encode(self, text): return [2 + b for b in text.encode()]
+    def decode(self, ids): return bytes(max(0, i - 2) % 256 for i in ids).decode(errors="replace")
+
+loaded = model.load(Path({str(exported(8))!r}), threads=1, tokenizer=Bytes())
+noise = np.random.default_rng(0).standard_normal(32000).astype(np.float32) * 0.1
+with Engine(loaded, EngineConfig(n_slots=2)) as engine:
+    events = engine.transcribe(noise, StreamOptions(vad=VadConfig(kind="off")))
+print(type(events[-1]).__name__, [m for m in ("torch", "transformers", "onnx") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "Done []", done.stderr
+
+
+def test_a_folder_of_graphs_is_a_model(exported, monkeypatch):
+    seen = []
+    monkeypatch.setattr(onnx_model, "load", lambda folder, threads: seen.append((folder, threads)))
+    models.load(exported(), threads=3)
+    assert seen == [(exported(), 3)]

@@ -1,0 +1,186 @@
+"""stages.py: the graphs equal torch over a stream, and the streaming contract holds on them too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sparqle_stream import stages
+from sparqle_stream.onnx_cpu.slots import Slots
+from sparqle_stream.onnx_cpu.stages import PATIENCE
+from sparqle_stream.writer import Greedy
+
+S = 5120  # samples of a chunk
+TOLERANCE = 1e-3  # DESIGN: over a stream, in float32
+
+
+def noise(n, seed):
+    return (0.3 * np.random.default_rng(seed).standard_normal(n)).astype(np.float32)
+
+
+class Listener:
+    """Lets every row write up to n tokens, and keeps what was heard."""
+
+    def __init__(self, n_tokens=3):
+        self.n_tokens, self.heard = n_tokens, {}
+
+    def __call__(self, row, log_probs):
+        self.heard.setdefault(row, []).append(np.array(log_probs))
+        return Greedy(self.n_tokens)
+
+
+def play(model, rows, chunks, *, n_rows=3, n_tokens=3, sizes=S):
+    """Chunks of noise on some rows from a new segment on: tokens by row, log-probs by row."""
+    made, listener = model.make_stages(n_rows), Listener(n_tokens)
+    tokens = {row: [] for row in rows}
+    with made.working(1):
+        for row in rows:
+            made.wipe(row)
+        made.begin({row: stages.prefix_ids(model.tokenizer, "before") for row in rows})
+        for i in range(chunks):
+            pcm = {row: noise(sizes, 100 * row + i) for row in rows}
+            result = made.step(pcm, dict.fromkeys(rows, 240), listener)
+            for row in rows:
+                tokens[row].append(result.tokens[row])
+    return tokens, {row: np.concatenate(heard) for row, heard in listener.heard.items()}, made
+
+
+@pytest.mark.parametrize("sizes", [1280, S, 20480])
+def test_graphs_equal_torch_over_a_stream(graphs, torch_model, sizes):
+    """Longer than every ring, so that all of them wrap."""
+    chunks = 8 * S // sizes * 3
+    expected, heard, torch_stages = play(torch_model, [0, 2], chunks, sizes=sizes)
+    got, heard_too, onnx_stages = play(graphs, [0, 2], chunks, sizes=sizes)
+    for row in (0, 2):
+        np.testing.assert_allclose(heard_too[row], heard[row], atol=TOLERANCE)
+        hidden = torch_stages.state.llm.hidden[row].numpy()
+        if not onnx_stages.slots.n_waiting(row):
+            np.testing.assert_allclose(onnx_stages.slots.hidden[row], hidden, atol=TOLERANCE)
+        recent = torch_stages.state.recent[row].numpy()
+        np.testing.assert_allclose(onnx_stages.recent[row], recent, atol=TOLERANCE)
+    assert got == expected
+    assert sum(map(len, got[0])) > 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_bits_are_heard_alike(low_bit, torch_model, bits):
+    """What is heard is float32 with any LLM; what is written may differ at near ties."""
+    got, heard, _ = play(low_bit(bits), [1], 6)
+    _, expected, _ = play(torch_model, [1], 6)
+    np.testing.assert_allclose(heard[1], expected[1], atol=TOLERANCE)
+    assert all(len(tokens) <= 3 for tokens in got[1])
+
+
+def test_a_row_is_alone(graphs):
+    """Neighbours that start, pause and are wiped change no number of a row."""
+    rng = np.random.default_rng(5)
+    alone, shared = graphs.make_stages(1), graphs.make_stages(4)
+    single, crowd = Listener(), Listener()
+    prefix = stages.prefix_ids(graphs.tokenizer, "so far")
+    alone.begin({0: prefix})
+    shared.begin({2: prefix})
+    for i in range(16):
+        for row in (0, 1, 3):
+            if rng.random() < 0.2:
+                shared.wipe(row)
+                shared.begin({row: prefix[: int(rng.integers(1, 5))]})
+        others = [row for row in (0, 1, 3) if rng.random() < 0.5]
+        is_heard = rng.random() < 0.8
+        rows = sorted([*others, 2] if is_heard else others)
+        if not rows:
+            continue
+        pcm = {row: noise(S, i if row == 2 else 1000 + 10 * i + row) for row in rows}
+        result = shared.step(pcm, dict.fromkeys(rows, 240), crowd)
+        if is_heard:
+            expected = alone.step({0: noise(S, i)}, {0: 240}, single)
+            assert result.tokens[2] == expected.tokens[0]
+            np.testing.assert_allclose(crowd.heard[2][-1], single.heard[0][-1], atol=1e-5)
+    n = int(alone.slots.length[0])
+    assert n == shared.slots.length[2] > 40
+    for name, slots in alone.slots.kv.items():
+        np.testing.assert_allclose(
+            shared.slots.kv[name][2, :, :n], slots[0, :, :n], atol=1e-4, err_msg=name
+        )
+
+
+def test_written_bytes_of_a_slot_never_change(graphs):
+    made, listener = graphs.make_stages(2), Listener()
+    made.begin({0: [1, 5, 7], 1: [1]})
+    before, n_before = {}, np.zeros(2, int)
+    for i in range(10):
+        rows = [0, 1] if i % 3 else [1]
+        made.step({row: noise(S, i + row) for row in rows}, dict.fromkeys(rows, 0), listener)
+        for name, kept in before.items():
+            for row in (0, 1):
+                n = n_before[row]
+                assert np.array_equal(made.slots.kv[name][row, :, :n], kept[row, :, :n]), name
+        before = {name: array.copy() for name, array in made.slots.kv.items()}
+        n_before = made.slots.length.copy()
+    assert n_before.min() > 20
+
+
+def test_rows_without_a_chunk_keep_every_byte(graphs):
+    _, _, made = play(graphs, [0, 1], 4)
+    kept = [array[1].copy() for array in arrays(made)]
+    made.step({0: noise(S, 9)}, {0: 240}, Listener())
+    for before, array in zip(kept, arrays(made), strict=True):
+        assert np.array_equal(array[1], before)
+
+
+def test_a_wiped_row_is_a_new_one(graphs):
+    """Even if the stream before left numbers that are none."""
+    used, fresh = graphs.make_stages(2), graphs.make_stages(2)
+    for array in arrays(used):
+        if array.dtype == np.float32 and array is not used.peak:
+            array[1] = np.nan
+    for made in (used, fresh):
+        made.wipe(1)
+        made.begin({1: [1, 2]})
+    listeners = Listener(), Listener()
+    for i in range(4):
+        results = [
+            made.step({1: noise(S, i)}, {1: 240}, listener)
+            for made, listener in zip((used, fresh), listeners, strict=True)
+        ]
+        assert results[0].tokens == results[1].tokens
+    assert np.array_equal(listeners[0].heard[1], listeners[1].heard[1])
+
+
+def test_a_seam_renews_the_slot_and_hears_again(graphs, torch_model):
+    """The next tokens are those of torch after the same seam."""
+    out = []
+    for model in (graphs, torch_model):
+        tokens, _, made = play(model, [1], 8)
+        with made.working(1):
+            made.seam({1: stages.prefix_ids(model.tokenizer, "said")}, {1: 3})
+            result = made.step({1: noise(S, 77)}, {1: 240}, Listener(6))
+        out.append((tokens, result.tokens))
+    assert out[0] == out[1]
+
+
+def test_the_state_does_not_grow(graphs):
+    _, _, made = play(graphs, [0], 2)
+    size = made.state_bytes()
+    for i in range(40):
+        made.step({0: noise(S, i)}, {0: 240}, Listener(0))
+        assert made.slots.n_waiting(0) <= PATIENCE
+        if made.slots.length[0] > 500:
+            made.begin({0: [1]})
+    assert made.state_bytes() == size
+
+
+def test_a_full_slot_says_so_and_stays_as_it_is(graphs):
+    slots = Slots(graphs, 2)
+    slots.leave({0: [1] * slots.n_slot})
+    slots.read({0: []})
+    before = {name: array.copy() for name, array in slots.kv.items()}
+    with pytest.raises(Exception, match=f"slot of {slots.n_slot}"):
+        slots.read({0: [2]})
+    assert all(np.array_equal(slots.kv[name], array) for name, array in before.items())
+
+
+def arrays(made):
+    """All arrays of a state, rows first."""
+    rings = [r for ring in (made.ear, made.queries, made.frames) for r in ring.arrays.values()]
+    own = [made.tail, made.peak, made.mel_tail, made.position, made.posterior, made.recent]
+    return [*own, *rings, *made.slots.kv.values(), made.slots.hidden, made.slots.length]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from sparqle_stream.config import QFormerConfig
-from sparqle_stream.ctc import CtcPieces
 from sparqle_stream.encoder import SILENT_MEL
 from sparqle_stream.errors import ConfigError
+from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.qformer import QFormer
 from training import losses
 from training.data import AugmentConfig, spec_augment

@@ -38,7 +38,7 @@ WITHOUT_EFFECT: dict[str, object] = {
     "same_output_threshold": 10,
     "target_language": "fr",  # of translations
     "max_speakers": 10,
-    "known_speakers": None,
+    "known_speakers": [],
     "diarization_threshold": None,
     "hf_token": None,
 }

@@ -33,7 +33,7 @@ OPTIONS = {
     "hotwords": None,
     "enable_diarization": False,
     "max_speakers": 10,
-    "known_speakers": None,
+    "known_speakers": [],
     "word_timestamps": False,
     "initial_prompt": None,
     "vad_parameters": None,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from bench_wav import write_wav
 
-from training.manifests import MANIFEST
 from sparqle_stream import testing
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.engine import Engine
+from training.manifests import MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable

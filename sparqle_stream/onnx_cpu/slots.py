@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from sparqle_stream.errors import ModelError
+from sparqle_stream.onnx_cpu.memory import sparse_zeros
 from sparqle_stream.onnx_cpu.settings import PASS_ROWS, places
 
 if TYPE_CHECKING:
@@ -29,10 +30,8 @@ class Slots:
         cfg = model.cfg.llm
         self.model, self.n_slot, self.width = model, cfg.n_slot, cfg.width
         shape = (n_rows, cfg.n_kv_heads, places(cfg.n_slot), cfg.head_width)
-        # Zeros of numpy cost no memory before they are written.
-        self.kv = {
-            f"{kind}_{i}": np.zeros(shape, np.float32) for i in range(cfg.n_layers) for kind in "kv"
-        }
+        layers = range(cfg.n_layers)
+        self.kv = {f"{kind}_{i}": sparse_zeros(shape) for i in layers for kind in "kv"}
         self.length = np.zeros(n_rows, np.int32)
         self.hidden = np.zeros((n_rows, cfg.width), np.float32)  # final-normed, of the last row
         self._waiting: list[list[Floats]] = [[] for _ in range(n_rows)]

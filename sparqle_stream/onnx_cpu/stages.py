@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from sparqle_stream.config import FRAMES_PER_QUERY
 from sparqle_stream.decode import write
+from sparqle_stream.onnx_cpu.memory import sparse_zeros
 from sparqle_stream.onnx_cpu.slots import Slots
 from sparqle_stream.stages import N_RECENT, StepResult
 
@@ -44,7 +45,7 @@ class Rings:
         self, names: Sequence[str], n_rows: int, n_heads: int, length: int, d: int
     ) -> None:
         self.length = length
-        self.arrays = {name: np.zeros((n_rows, n_heads, length, d), np.float32) for name in names}
+        self.arrays = {name: sparse_zeros((n_rows, n_heads, length, d)) for name in names}
         self.position = np.full((n_rows, length), -1, np.int64)
 
     def of(self, rows: Ints) -> dict[str, Floats]:

@@ -61,12 +61,12 @@ def instruction(name: str) -> str:
 
 
 def with_instruction(name: str, prompt: str) -> str:
-    """The prompt of a stream that is asked for the task `name`.
+    """The prompt of a stream that is asked for `name`: last, as long prompts are cut in front.
 
     >>> with_instruction("translate to de", "Dr. Smith")
-    'Translate into German: Dr. Smith'
+    'Dr. Smith Translate into German:'
     """
-    return f"{instruction(name)} {prompt}".strip()
+    return f"{prompt} {instruction(name)}".strip()
 
 
 def require(name: str, known: Sequence[str]) -> None:

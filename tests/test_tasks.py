@@ -18,9 +18,10 @@ def test_transcription_needs_no_words():
     assert options("--task", "transcribe", "--prompt", "Dr. Smith").prompt == "Dr. Smith"
 
 
-def test_a_task_is_asked_for_before_the_prompt():
+def test_a_task_is_asked_for_after_the_prompt():
+    """A prompt that is too long loses its beginning, and must not lose the task."""
     given = options("--task", "translate", "--to", "de", "--prompt", "Dr. Smith")
-    assert given.prompt == "Translate into German: Dr. Smith"
+    assert given.prompt == "Dr. Smith Translate into German:"
     assert options("--task", "answer").prompt == "Answer the question:"
 
 

@@ -76,7 +76,9 @@ def app(options: Mapping[str, str]) -> Application:
 
 def parse(options: Mapping[str, str]) -> tuple[Namespace, Scale]:
     """NAME=VALUE as given -> options of `serve`, and the scale. Raises ConfigError."""
-    kinds = {f.name: type(f.default) for f in fields(Scale)}
+    kinds: dict[str, Callable[[str], float]] = {
+        f.name: int if f.name.endswith("_replicas") else float for f in fields(Scale)
+    }
     scale: dict[str, Any] = {}
     argv: list[str] = []
     parser = arguments.parser_for("serve")
@@ -190,7 +192,7 @@ class Wire:
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         """`app` over this wire, until it returns."""
         own = {ABORT: self._abort, IS_GONE: lambda: self._is_over}
-        extended = scope | {"extensions": {**scope.get("extensions", {}), **own}}
+        extended = {**scope, "extensions": {**scope.get("extensions", {}), **own}}
         pump = asyncio.create_task(self._pump())
         try:
             await app(extended, self._next, self._tell)
@@ -242,7 +244,7 @@ def _size(message: Message) -> int:
     return len(message.get("bytes") or b"") + len(message.get("text") or "")
 
 
-def _number(kind: type[int] | type[float], name: str, text: str) -> float:
+def _number(kind: Callable[[str], float], name: str, text: str) -> float:
     try:
         return kind(text)
     except ValueError as err:

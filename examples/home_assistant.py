@@ -46,7 +46,7 @@ async def _transcript(client: AsyncClient) -> str:
             print(TranscriptChunk.from_event(event).text, end="", file=sys.stderr, flush=True)
         elif Transcript.is_type(event.type):
             print(file=sys.stderr)
-            return Transcript.from_event(event).text
+            return str(Transcript.from_event(event).text)
         elif Error.is_type(event.type):
             raise ConnectionError(Error.from_event(event).text)
     raise ConnectionError("the server hung up")

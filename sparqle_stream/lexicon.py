@@ -1,9 +1,9 @@
 """Lexicon: the words that speech is likely to hold, as paths of CTC pieces, and which follow which.
 
 A tree of pieces leads to every word; every node knows the likeliest word below it (look-ahead).
-Trigrams of words with back-off (Katz, 1987, with absolute discounts: Ney et al., 1994) say how well
-a word follows two others. Both are counts of public-domain text (training.words), made once and
-read from `words.safetensors` in the model folder. Stateless; scores are natural logarithms.
+Trigrams of words with back-off (Katz, 1987) say how well a word follows two others. Both are
+counts of text (training.words), made once and read from `words.safetensors` in the model folder;
+they stay in memory as they are stored. Stateless; scores are natural logarithms.
 """
 
 from __future__ import annotations
@@ -20,45 +20,75 @@ import numpy.typing as npt
 from sparqle_stream.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
-    from sparqle_stream.ctc import CtcPieces
+    from sparqle_stream.pieces import CtcPieces
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Stored = dict[str, npt.NDArray[Any]]
 UNKNOWN = 0  # word id of everything that is not in the lexicon, and of the start of a text
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """(N,) logarithms: floats, or bytes that say which of 256 levels."""
+
+    stored: memoryview
+    levels: tuple[float, ...]  # () for floats
+
+    @classmethod
+    def of(cls, stored: Stored, name: str) -> Scores:
+        values = stored[name]
+        if values.dtype != np.uint8:
+            return cls(values.astype(np.float32).data, ())
+        low, step = stored[f"{name}_scale"].tolist()
+        return cls(values.data, tuple(low + step * i for i in range(256)))
+
+    def __getitem__(self, i: int) -> float:
+        value: float = self.stored[i]
+        return self.levels[int(value)] if self.levels else value
+
+
+@dataclass(frozen=True, slots=True)
 class Grams:
-    """Word n-grams of one length: sorted keys, their log-probability, their weight as context."""
+    """Word n-grams of one length: words `first[c] .. first[c + 1]` follow context c, sorted."""
 
-    keys: Ints  # (N,)
-    log_probs: Floats  # (N,)
-    backoffs: Floats  # (N,) log; zeros for the longest
+    first: memoryview  # (contexts + 1,)
+    words: memoryview  # (N,)
+    log_probs: Scores  # (N,)
 
-    def find(self, key: int) -> int:
-        """Index of a key, -1 if it is not there."""
-        at = int(np.searchsorted(self.keys, key))
-        return at if at < len(self.keys) and self.keys[at] == key else -1
+    @classmethod
+    def of(cls, stored: Stored, name: str) -> Grams:
+        counts, words = stored[f"{name}_counts"], stored[f"{name}_words"]
+        first = np.concatenate([[0], np.cumsum(counts, dtype=np.int32)]).astype(np.int32)
+        if first[-1] != len(words):
+            raise ValueError(f"{first[-1]} {name}s are counted, {len(words)} are there")
+        return cls(first.data, words.data, Scores.of(stored, f"{name}_log_probs"))
+
+    def find(self, context: int, word: int) -> int:
+        """Index of an n-gram, -1 if it is not there."""
+        end = self.first[context + 1]
+        at = bisect_left(self.words, word, self.first[context], end)
+        return at if at < end and self.words[at] == word else -1
 
 
 @dataclass(frozen=True)
 class Lexicon:
     """Words, their tree of pieces, and their n-grams.
 
-    Node 0 is the root. Children of node n are `child[first[n] : first[n + 1]]`; a node's piece is
-    `piece[n]` and the word that ends there `word[n]` (UNKNOWN: none does).
+    Node 0 is the root. Children of node n are the nodes `first[n] .. first[n + 1]`; a node's piece
+    is `piece[n]` and the word that ends there `word[n]` (UNKNOWN: none does).
     """
 
     words: tuple[str, ...]  # by id; words[UNKNOWN] is ""
     unigrams: Floats  # (W,) log-probabilities
     backoffs: Floats  # (W,)
-    bigrams: Grams
-    trigrams: Grams
+    bigrams: Grams  # after word c
+    pairs: memoryview  # (C,) sorted: bigrams that trigrams may follow
+    pair_backoffs: Scores  # (C,)
+    trigrams: Grams  # after bigram pairs[c]
     first: Ints
-    child: Ints
     piece: Ints
     word: Ints
     best: Floats  # (nodes,) log-probability of the likeliest word at or below a node
@@ -77,29 +107,31 @@ class Lexicon:
             raise ModelError(f"cannot read {path}: {err}", hint="fetch or export it anew") from err
 
     @classmethod
-    def of(cls, stored: dict[str, npt.NDArray[Any]], pieces: CtcPieces) -> Lexicon:
+    def of(cls, stored: Stored, pieces: CtcPieces) -> Lexicon:
         """From the arrays that training.words makes."""
         words = ("", *bytes(stored["words"]).decode().split("\n"))
-        unigrams = stored["unigrams"].astype(np.float32)
-        size = len(words)
-        contexts = np.repeat(np.arange(size), stored["bigram_counts"])
-        bigrams = Grams(
-            contexts * size + stored["bigram_words"],
-            stored["bigram_log_probs"].astype(np.float32),
-            stored["bigram_backoffs"].astype(np.float32),
-        )
-        # A trigram's context is the index of its first two words among the bigrams.
-        pairs = np.repeat(np.arange(len(contexts)), stored["trigram_counts"])
-        trigrams = Grams(
-            pairs * size + stored["trigram_words"],
-            stored["trigram_log_probs"].astype(np.float32),
-            np.zeros(0, np.float32),
-        )
-        tree = _grow([pieces.encode(word) for word in words[1:]], unigrams)
-        backoffs = stored["unigram_backoffs"].astype(np.float32)
         texts = ("", *(pieces.piece(i) for i in range(1, pieces.size)))
-        begins = tuple(text.startswith(" ") for text in texts)
-        return cls(words, unigrams, backoffs, bigrams, trigrams, *tree, texts, begins)
+        unigrams = stored["unigrams"].astype(np.float32)
+        bigrams = Grams.of(stored, "bigram")
+        pairs = np.arange(len(bigrams.words), dtype=np.int32)
+        if "bigram_is_context" in stored:
+            pairs = pairs[np.unpackbits(stored["bigram_is_context"])[: len(pairs)] > 0]
+        return cls(
+            words,
+            unigrams,
+            stored["unigram_backoffs"].astype(np.float32),
+            bigrams,
+            pairs.data,
+            Scores.of(stored, "bigram_backoffs"),
+            Grams.of(stored, "trigram"),
+            *_grow(*_spellings(stored, words, texts, pieces), unigrams),
+            texts,
+            tuple(text.startswith(" ") for text in texts),
+        )
+
+    @cached_property
+    def child(self) -> Ints:
+        return np.arange(len(self.piece) + 1)
 
     @cached_property
     def _mass(self) -> npt.NDArray[np.float64]:
@@ -118,43 +150,60 @@ class Lexicon:
 
     def log_prob(self, context: tuple[int, int], word: int) -> float:
         """log p(word | the two words before it)."""
-        size = len(self.words)
-        pair = self.bigrams.find(context[0] * size + context[1])
         weight = 0.0
+        pair = self.bigrams.find(*context)
+        at = bisect_left(self.pairs, pair) if pair >= 0 else len(self.pairs)
+        if at < len(self.pairs) and self.pairs[at] == pair:
+            triple = self.trigrams.find(at, word)
+            if triple >= 0:
+                return self.trigrams.log_probs[triple]
+            weight = self.pair_backoffs[at]
+        pair = self.bigrams.find(context[1], word)
         if pair >= 0:
-            at = self.trigrams.find(pair * size + word)
-            if at >= 0:
-                return float(self.trigrams.log_probs[at])
-            weight = float(self.bigrams.backoffs[pair])
-        at = self.bigrams.find(context[1] * size + word)
-        if at >= 0:
-            return weight + float(self.bigrams.log_probs[at])
+            return weight + self.bigrams.log_probs[pair]
         return weight + float(self.backoffs[context[1]]) + float(self.unigrams[word])
 
 
-def _grow(
-    spellings: Sequence[list[int]], unigrams: Floats
-) -> tuple[Ints, Ints, Ints, Ints, Floats]:
-    """Pieces of every word (ids from 1) -> first, child, piece, word, best of the tree's nodes."""
-    into: dict[tuple[int, int], int] = {}
-    parent, piece, word = [-1], [0], [UNKNOWN]
-    for i, spelling in enumerate(spellings, start=1):
-        node = 0
-        for p in spelling:
-            key = (node, p)
-            if key not in into:
-                into[key] = len(parent)
-                parent.append(node)
-                piece.append(p)
-                word.append(UNKNOWN)
-            node = into[key]
-        word[node] = i
-    n = len(parent)
-    order = sorted(range(1, n), key=parent.__getitem__)
-    child = np.array(order, dtype=np.int64)
-    first = np.searchsorted(np.array(parent)[child], np.arange(n + 1)).astype(np.int64)
-    words = np.array(word, dtype=np.int64)
-    best = np.where(words > 0, unigrams[words], -np.inf).astype(np.float32)
-    for node in range(n - 1, 0, -1):  # parents are older than their children
-        best[parent[node]] = max(best[parent[node]], best[node])
-    return first, child, np.array(piece, dtype=np.int64), words, best
+def _spellings(
+    stored: Stored, words: tuple[str, ...], texts: tuple[str, ...], pieces: CtcPieces
+) -> tuple[Ints, Ints]:
+    """Pieces of all words (ids from 1 on), one after the other, and how many each has."""
+    if "spelling_pieces" not in stored:
+        found = [pieces.encode(word) for word in words[1:]]
+        counts = np.array([len(ids) for ids in found], np.int64)
+        return np.array([i for ids in found for i in ids], np.int64), counts
+    ids, counts = (stored[f"spelling_{name}"].astype(np.int64) for name in ("pieces", "counts"))
+    if len(counts) != len(words) - 1 or counts.sum() != len(ids) or ids.max() >= len(texts):
+        raise ValueError("its words are not spelled")
+    if "".join([texts[i] for i in ids.tolist()]) != " ".join(words):
+        raise ValueError("its words are spelled in other pieces")
+    return ids, counts
+
+
+def _grow(pieces: Ints, counts: Ints, unigrams: Floats) -> tuple[Ints, Ints, Ints, Floats]:
+    """Spellings -> first, piece, word, best of the tree's nodes, level by level."""
+    base = int(pieces.max(initial=0)) + 1
+    starts = np.cumsum(counts) - counts
+    at = np.zeros(len(counts), np.int64)  # the node that each word has come to
+    parent, piece = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
+    n = 1
+    for depth in range(counts.max(initial=0)):
+        longer = np.nonzero(counts > depth)[0]
+        keys, which = np.unique(
+            at[longer] * base + pieces[starts[longer] + depth], return_inverse=True
+        )
+        at[longer] = n + which
+        parent.append(keys // base)
+        piece.append(keys % base)
+        n += len(keys)
+    above = np.concatenate(parent)  # sorted: children lie together
+    first = np.searchsorted(above[1:], np.arange(n + 1)) + 1
+    word = np.full(n, UNKNOWN)
+    word[at] = np.arange(1, len(counts) + 1)
+    word[0] = UNKNOWN
+    best = np.where(word > 0, unigrams[word], -np.inf).astype(np.float32)
+    end = n
+    for level in parent[:0:-1]:  # from the leaves
+        np.maximum.at(best, level, best[end - len(level) : end])
+        end -= len(level)
+    return first, np.concatenate(piece), word, best

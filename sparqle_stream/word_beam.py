@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sparqle_stream.ctc import BLANK
 from sparqle_stream.lexicon import UNKNOWN
+from sparqle_stream.pieces import BLANK
 
 if TYPE_CHECKING:
     from sparqle_stream.config import BeamConfig
@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 NEVER = -math.inf
 MOST_KEPT = 16  # histories and spelled nodes for each place in the beam
+# Rows of _Hypotheses.
+HIST, NODE, BEGAN, MOVED, LAST, ENDS, SOURCE, BEGINS = range(8)
+BLANK_MASS, PIECE_MASS, PAST, AHEAD = range(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,7 @@ class Word:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class _History:
+class _History(NamedTuple):
     """Words before a reading's open one; those that are committed are not kept."""
 
     words: tuple[Word, ...]
@@ -59,27 +62,52 @@ class Candidate:
 
 @dataclass(slots=True)
 class _Spelled:
-    """Nodes of words that are in no lexicon: text and last piece, by node - first node."""
+    """Nodes of words that are in no lexicon: texts, by node - first node."""
 
     texts: list[str] = field(default_factory=list)
-    last: list[int] = field(default_factory=list)
     into: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Grown:
-    """Hypotheses that one more piece makes, (K,) each."""
+class _Hypotheses(NamedTuple):
+    """Readings up to an open word, as columns."""
 
-    source: Ints  # the hypothesis before
-    node: Ints
-    begins: npt.NDArray[np.bool_]  # a word
-    mass: Doubles  # log, of CTC
-    score: Doubles  # with the language model
+    # (8, N): history, node, frames of the open word's first and last piece, last piece, whether a
+    # word may end here; what grew in this frame knows from which one, and whether by a new word.
+    ints: Ints
+    # (4, N): log mass that ends in blank and in the piece; scores of the language model for the
+    # history and, ahead, for the open word.
+    floats: Doubles
+
+    def where(self, kept: Bools | Ints) -> _Hypotheses:
+        return _Hypotheses(self.ints[:, kept], self.floats[:, kept])
+
+    def mass(self) -> Doubles:
+        """(N,) log mass of CTC."""
+        out: Doubles = np.logaddexp(self.floats[BLANK_MASS], self.floats[PIECE_MASS])
+        return out
+
+    def scores(self) -> Doubles:
+        """(N,) log mass with the language model."""
+        out: Doubles = self.mass() + (self.floats[PAST] + self.floats[AHEAD])
+        return out
+
+    def keys(self) -> Ints:
+        """(N,) history and node in one number."""
+        out: Ints = (self.ints[HIST] << 32) + self.ints[NODE]
+        return out
 
 
-# (history, node) -> log mass in blank and in the piece, frames of the open word's first and last
-# piece, log mass of the likeliest way here in this frame.
-Found = dict[tuple[int, int], list[float]]
+def _sum(a: float, b: float) -> float:
+    """log(e^a + e^b)"""
+    low, high = (a, b) if a < b else (b, a)
+    return high if low == NEVER else high + math.log1p(math.exp(low - high))
+
+
+def _joined(parts: list[_Hypotheses]) -> _Hypotheses:
+    if len(parts) == 1:
+        return parts[0]
+    ints = np.concatenate([p.ints for p in parts], axis=1)
+    return _Hypotheses(ints, np.concatenate([p.floats for p in parts], axis=1))
 
 
 class WordBeam:
@@ -88,17 +116,15 @@ class WordBeam:
     def __init__(self, lexicon: Lexicon, cfg: BeamConfig) -> None:
         self.lexicon, self.cfg = lexicon, cfg
         self.n_frames = 0
-        self._roots = lexicon.child[lexicon.first[0] : lexicon.first[1]]
+        self._roots = np.arange(lexicon.first[0], lexicon.first[1])
+        self._root_pieces = lexicon.piece[self._roots]
+        self._root_ahead = cfg.lm_weight * lexicon.best[self._roots]
         self._n_nodes = len(lexicon.piece)
         self._spelled = _Spelled()
         self._histories = [_History((), (UNKNOWN, UNKNOWN), 0.0)]
         self._after: dict[tuple[int, int], int] = {}  # (history, node) -> history with its word
-        self.hist = np.zeros(1, np.int64)
-        self.node = np.zeros(1, np.int64)
-        self.blank = np.zeros(1)  # log mass that ends in blank
-        self.piece = np.full(1, NEVER)  # and in the node's piece
-        self.began = np.zeros(1, np.int64)  # frame of the open word's first piece
-        self.moved = np.zeros(1, np.int64)  # frame of its last piece
+        start = np.array([[0], [0], [0], [0], [BLANK], [1], [0], [0]], np.int64)
+        self._now = _Hypotheses(start, np.array([[0.0], [NEVER], [0.0], [0.0]]))
 
     # --- hearing ---------------------------------------------------------------------------------
 
@@ -112,115 +138,139 @@ class WordBeam:
 
     def _frame(self, lp: Doubles) -> None:
         """lp (V,): every hypothesis stays or grows by a piece; the best `size` are kept."""
-        cfg = self.cfg
-        total = np.logaddexp(self.blank, self.piece)
-        last = self._last_pieces(self.node)
-        stay_blank = total + lp[BLANK]
-        stay_piece = np.where(self.node > 0, self.piece + lp[last], NEVER)
-        stay = np.logaddexp(stay_blank, stay_piece) + self._lm(self.hist, self.node)
-        grown = self._grow(lp, total, last)
-        limit = max(stay.max(), grown.score.max(initial=NEVER)) - cfg.width
-        found: Found = {}
-        hists, nodes = self.hist.tolist(), self.node.tolist()
-        for i in np.nonzero(stay > limit)[0].tolist():
-            row = [stay_blank[i], stay_piece[i], self.began[i], self.moved[i], NEVER]
-            found[hists[i], nodes[i]] = [float(x) for x in row]
-        likely = np.nonzero(grown.score > limit)[0]
-        if len(likely) > cfg.size:
-            likely = likely[np.argpartition(-grown.score[likely], cfg.size)[: cfg.size]]
-        for i in likely.tolist():
-            source, node = int(grown.source[i]), int(grown.node[i])
-            self._join(found, source, node, float(grown.mass[i]), begins=bool(grown.begins[i]))
-        self._spell(found, lp, total, last, limit)
-        self._keep(found)
+        total, floats, size = self._now.mass(), self._now.floats.copy(), self.cfg.size
+        floats[BLANK_MASS] = total + lp[BLANK]
+        floats[PIECE_MASS] += lp[self._now.ints[LAST]]
+        stay = _Hypotheses(self._now.ints, floats)
+        scores = stay.scores()
+        limit = float(scores.max()) - self.cfg.width
+        made = [*self._go_on(lp, total, limit), *self._begin(lp, total, limit)]
+        if made:
+            grown = _joined(made)
+            reached = grown.scores()
+            limit = max(limit, float(reached.max(initial=NEVER)) - self.cfg.width)
+            likely = np.nonzero(reached > limit)[0]
+            if len(likely) > size:
+                likely = likely[np.argpartition(-reached[likely], size)[:size]]
+            made = [grown.where(likely)]
+        made += self._spell(lp, total, limit)
+        after = stay.where(scores > limit)
+        if made:
+            after = self._merged(after, _joined(made))
+        if after.ints.shape[1] > size:
+            after = after.where(np.argpartition(-after.scores(), size)[:size])
+        self._now = after
 
-    def _last_pieces(self, nodes: Ints) -> Ints:
-        """(N,) piece of each node, BLANK for the root."""
-        lex, inner = self.lexicon, nodes < self._n_nodes
-        out = lex.piece[np.where(inner, nodes, 0)]
-        if not inner.all():
-            spelled = np.array([*self._spelled.last, BLANK])
-            out = np.where(inner, out, spelled[np.where(inner, -1, nodes - self._n_nodes)])
-        return out
+    def _go_on(self, lp: Doubles, total: Doubles, limit: float) -> list[_Hypotheses]:
+        """Words of the lexicon that are open, one piece longer."""
+        (past, ahead), node = self._now.floats[PAST:], self._now.ints[NODE]
+        # No piece is likelier than the likeliest, and no word below a node than its best.
+        likely = total + (past + ahead) > limit - float(lp[1:].max())
+        source = np.nonzero(likely & (node > 0) & (node < self._n_nodes))[0]
+        if not len(source):
+            return []
+        at = node[source]
+        begin = self.lexicon.first[at]
+        count = self.lexicon.first[at + 1] - begin
+        source = np.repeat(source, count)
+        child = np.arange(len(source)) + np.repeat(begin - np.cumsum(count) + count, count)
+        out = self._reached(lp, total, limit, source, child, past[source])
+        out.ints[HIST] = self._now.ints[HIST][out.ints[SOURCE]]
+        out.ints[BEGAN] = self._now.ints[BEGAN][out.ints[SOURCE]]
+        out.ints[BEGINS] = 0
+        return [out]
 
-    def _lm(self, hists: Ints, nodes: Ints) -> Doubles:
-        """Language-model scores of histories and the words that are open after them."""
-        past = np.array([h.score for h in self._histories])[hists]
-        inner = nodes < self._n_nodes
-        ahead = self.cfg.lm_weight * self.lexicon.best[np.where(inner, nodes, 0)]
-        if not inner.all():
-            n = np.array([len(t) for t in self._spelled.texts] + [0])
-            letters = n[np.where(inner, -1, nodes - self._n_nodes)]
-            ahead = np.where(inner, ahead, -self.cfg.spell_cost - self.cfg.letter_cost * letters)
-        return past + np.where(nodes == 0, 0.0, ahead)
+    def _begin(self, lp: Doubles, total: Doubles, limit: float) -> list[_Hypotheses]:
+        """Words of the lexicon that begin after others."""
+        gain = lp[self._root_pieces]
+        likely = np.nonzero(gain > self.cfg.piece_floor)[0]
+        if not len(likely):
+            return []
+        gain = gain[likely] + self._root_ahead[likely]
+        # No word is certain after others, and none begins likelier than the likeliest.
+        most = total + self._now.floats[PAST] + (max(self.cfg.word_bonus, 0.0) + float(gain.max()))
+        source = np.nonzero((most > limit) & (self._now.ints[ENDS] > 0))[0]
+        if not len(source):
+            return []
+        hist = self._all_ended(source)
+        past = np.array([self._histories[h].score for h in hist])
+        row, column = np.nonzero(np.add.outer(total[source] + past, gain) > limit)
+        into = np.zeros(len(total), np.int64)
+        into[source] = hist
+        out = self._reached(lp, total, limit, source[row], self._roots[likely[column]], past[row])
+        out.ints[HIST] = into[out.ints[SOURCE]]
+        out.ints[BEGAN] = self.n_frames
+        out.ints[BEGINS] = 1
+        return [out]
 
-    def _grow(self, lp: Doubles, total: Doubles, last: Ints) -> _Grown:
-        """Hypotheses one piece longer, inside the lexicon: words go on, or begin after others."""
-        lex = self.lexicon
-        inside = np.where(self.node < self._n_nodes, self.node, 0)
-        count = np.where(inside > 0, lex.first[inside + 1] - lex.first[inside], 0)
-        on = np.repeat(np.arange(len(inside)), count)
-        at = np.arange(len(on)) - np.repeat(np.cumsum(count) - count, count)
-        going = lex.child[lex.first[inside[on]] + at]
-        may_begin = np.nonzero(self._may_begin())[0]
-        roots = self._roots[lp[lex.piece[self._roots]] > self.cfg.piece_floor]
-        source = np.concatenate([on, np.repeat(may_begin, len(roots))])
-        node = np.concatenate([going, np.tile(roots, len(may_begin))])
-        begins = np.arange(len(source)) >= len(on)
-        likely = lp[lex.piece[node]] > self.cfg.piece_floor
-        source, node, begins = source[likely], node[likely], begins[likely]
-        piece = lex.piece[node]
-        mass = np.where(piece == last[source], self.blank[source], total[source]) + lp[piece]
-        scores = np.array([h.score for h in self._histories])[self.hist]
-        ended = scores.copy()
-        for i in may_begin.tolist():  # what follows a word needs its n-gram score
-            ended[i] = self._histories[self._ended(i)].score
-        score = mass + np.where(begins, ended[source], scores[source])
-        return _Grown(source, node, begins, mass, score + self.cfg.lm_weight * lex.best[node])
+    def _reached(
+        self, lp: Doubles, total: Doubles, limit: float, source: Ints, node: Ints, past: Doubles
+    ) -> _Hypotheses:
+        """Those of hypotheses `source`, moved to `node`, that are likely; rows still to be set."""
+        piece = self.lexicon.piece[node]
+        gain = lp[piece]
+        repeats = piece == self._now.ints[LAST][source]
+        mass = np.where(repeats, self._now.floats[BLANK_MASS][source], total[source]) + gain
+        ahead = self.cfg.lm_weight * self.lexicon.best[node]
+        kept = np.nonzero((mass + (past + ahead) > limit) & (gain > self.cfg.piece_floor))[0]
+        ints, floats = np.empty((8, len(kept)), np.int64), np.empty((4, len(kept)))
+        node = node[kept]
+        ints[NODE], ints[LAST], ints[SOURCE] = node, piece[kept], source[kept]
+        ints[ENDS] = self.lexicon.word[node] > UNKNOWN
+        ints[MOVED] = self.n_frames
+        floats[BLANK_MASS] = NEVER
+        floats[PIECE_MASS], floats[PAST], floats[AHEAD] = mass[kept], past[kept], ahead[kept]
+        return _Hypotheses(ints, floats)
 
-    def _keep(self, found: Found) -> None:
-        keys, values = list(found), np.array(list(found.values()))
-        self.hist, self.node = np.array(keys, np.int64).T
-        self.blank, self.piece = values[:, 0], values[:, 1]
-        self.began, self.moved = values[:, 2].astype(np.int64), values[:, 3].astype(np.int64)
-        if len(keys) > self.cfg.size:
-            score = np.logaddexp(self.blank, self.piece) + self._lm(self.hist, self.node)
-            self._select(np.argpartition(-score, self.cfg.size)[: self.cfg.size])
+    def _merged(self, stay: _Hypotheses, grown: _Hypotheses) -> _Hypotheses:
+        """Both; those that are equal become one, with the times of the likelier way there."""
+        at, into = np.nonzero(grown.keys()[:, None] == stay.keys())
+        is_best = np.ones(grown.ints.shape[1], np.bool_)
+        is_new = is_best.copy()
+        if len(at):
+            mass = grown.floats[PIECE_MASS, at]
+            better = mass > stay.floats[:PAST, into].max(axis=0)
+            stay.floats[PIECE_MASS, into] = np.logaddexp(stay.floats[PIECE_MASS, into], mass)
+            for row in (BEGAN, MOVED):
+                stay.ints[row, into[better]] = grown.ints[row, at[better]]
+            is_best[at], is_new[at] = better, False
+        for source in set(grown.ints[SOURCE, is_best & (grown.ints[BEGINS] > 0)].tolist()):
+            self._retime(source)
+        return _joined([stay, grown.where(is_new)])
 
-    def _join(self, found: Found, source: int, node: int, mass: float, *, begins: bool) -> None:
-        """Adds hypothesis `source`, moved to `node`, to what was found; equals become one."""
-        hist = self._ended(source) if begins else int(self.hist[source])
-        start = self.n_frames if begins else int(self.began[source])
-        row = found.get((hist, node))
-        is_best = row is None or mass > max(row[0], row[1], row[4])
-        if row is None:
-            found[hist, node] = [NEVER, mass, start, self.n_frames, mass]
-        else:
-            if is_best:
-                row[2], row[3] = start, self.n_frames
-            row[1], row[4] = float(np.logaddexp(row[1], mass)), max(row[4], mass)
-        if is_best and begins and self.node[source]:
-            self._retime(hist, source)
-
-    def _spell(self, found: Found, lp: Doubles, total: Doubles, last: Ints, limit: float) -> None:
+    def _spell(self, lp: Doubles, total: Doubles, limit: float) -> list[_Hypotheses]:
         """Words of no lexicon: begun after every word, gone on with by likely pieces."""
         likely = [p for p in np.nonzero(lp > self.cfg.spell_floor)[0].tolist() if p != BLANK]
         if not likely:
-            return
-        best = np.argsort(-(total + self._lm(self.hist, self.node)))[: self.cfg.n_spelled]
-        may_begin = self._may_begin()
-        for i, p in itertools.product(best.tolist(), likely):
-            begins, node = self.lexicon.begins[p], int(self.node[i])
-            if not (may_begin[i] if begins else node >= self._n_nodes):
+            return []
+        (blank, _, past, ahead), found = self._now.floats, list[tuple[list[int], list[float]]]()
+        order = np.argsort(-(total + (past + ahead)))[: self.cfg.n_spelled]
+        columns = self._now.ints.T.tolist()
+        for i, p in itertools.product(order.tolist(), likely):
+            hist, node, began, _, last, ends, *_ = columns[i]
+            begins = self.lexicon.begins[p]
+            if not (ends if begins else node >= self._n_nodes):
                 continue
-            mass = float((self.blank[i] if p == last[i] else total[i]) + lp[p])
-            hist = self._ended(i) if begins else int(self.hist[i])
-            before = "" if begins else self._spelled.texts[node - self._n_nodes]
-            letters = len(before) + len(self.lexicon.pieces[p])
-            cost = self.cfg.spell_cost + self.cfg.letter_cost * letters
-            if mass + self._histories[hist].score - cost > limit:
+            mass = float((blank[i] if p == last else total[i]) + lp[p])
+            cost = self._cost("" if begins else self._spelled.texts[node - self._n_nodes], p)
+            if mass + past[i] + begins * max(self.cfg.word_bonus, 0.0) - cost <= limit:
+                continue  # not even if it were certain that a word begins here
+            if begins:
+                hist, began = self._ended(i), self.n_frames
+            score = self._histories[hist].score
+            if mass + score - cost > limit:
                 longer = self._spelled_node(-1 if begins else node, p)
-                self._join(found, i, longer, mass, begins=begins)
+                ints = [hist, longer, began, self.n_frames, p, 1, i, int(begins)]
+                found.append((ints, [NEVER, mass, score, -cost]))
+        if not found:
+            return []
+        columns = np.array([row for row, _ in found], np.int64).T
+        return [_Hypotheses(columns, np.array([row for _, row in found]).T)]
+
+    def _cost(self, before: str, piece: int) -> float:
+        """Of a word that is spelled so far and goes on with a piece."""
+        letters = len(before) + len(self.lexicon.pieces[piece])
+        return self.cfg.spell_cost + self.cfg.letter_cost * letters
 
     def _spelled_node(self, parent: int, piece: int) -> int:
         known = self._spelled
@@ -228,49 +278,47 @@ class WordBeam:
             before = known.texts[parent - self._n_nodes] if parent >= 0 else ""
             known.into[parent, piece] = self._n_nodes + len(known.texts)
             known.texts.append(before + self.lexicon.pieces[piece])
-            known.last.append(piece)
         return known.into[parent, piece]
 
-    def _may_begin(self) -> npt.NDArray[np.bool_]:
-        """Hypotheses after which a word may begin: at the root, at a word, at a spelled one."""
-        inner = self.node < self._n_nodes
-        at = np.where(inner, self.node, 0)
-        out: npt.NDArray[np.bool_] = ~inner | (self.node == 0) | (self.lexicon.word[at] > 0)
-        return out
+    def _all_ended(self, index: Ints) -> list[int]:
+        """Histories of hypotheses with their open words added."""
+        keys = zip(*self._now.ints[: NODE + 1, index].tolist(), strict=True)
+        known = [self._after.get(key) for key in keys]
+        return [
+            self._ended(i) if hist is None else hist
+            for i, hist in zip(index.tolist(), known, strict=True)
+        ]
 
     def _ended(self, i: int) -> int:
         """History of hypothesis i with its open word added, if there is one."""
-        if not self.node[i]:
-            return int(self.hist[i])
-        key = (int(self.hist[i]), int(self.node[i]))
-        if key not in self._after:
-            before = self._histories[key[0]]
-            inner = key[1] < self._n_nodes
-            word = int(self.lexicon.word[key[1]]) if inner else UNKNOWN
-            if inner:
-                text = self.lexicon.words[word]
-                gain = self.cfg.lm_weight * self.lexicon.log_prob(before.context, word)
+        hist, node, began, moved = self._now.ints[:LAST, i].tolist()
+        if not node:
+            return int(hist)
+        if (hist, node) not in self._after:
+            before, cfg = self._histories[hist], self.cfg
+            text, word = self._text(node), UNKNOWN
+            if node < self._n_nodes:
+                word = int(self.lexicon.word[node])
+                gain = cfg.lm_weight * self.lexicon.log_prob(before.context, word)
             else:
-                text = self._spelled.texts[key[1] - self._n_nodes].strip()
-                gain = -self.cfg.spell_cost - self.cfg.letter_cost * len(text)
-            said = Word(text, int(self.began[i]), int(self.moved[i]) + 1)
-            score = before.score + gain + self.cfg.word_bonus
-            history = _History((*before.words, said), (before.context[1], word), score)
-            self._after[key] = len(self._histories)
-            self._histories.append(history)
-        return self._after[key]
+                gain = -cfg.spell_cost - cfg.letter_cost * len(text)
+            words = (*before.words, Word(text, began, moved + 1))
+            context, score = (before.context[1], word), before.score + gain + cfg.word_bonus
+            self._after[hist, node] = len(self._histories)
+            self._histories.append(_History(words, context, score))
+        return self._after[hist, node]
 
-    def _retime(self, hist: int, src: int) -> None:
-        """The last word of a history was said when hypothesis `src`, likelier than before, says."""
-        history = self._histories[hist]
-        said = replace(history.words[-1], start=int(self.began[src]), end=int(self.moved[src]) + 1)
-        before = self._histories[int(self.hist[src])].words
-        self._histories[hist] = replace(history, words=(*before, said))
-
-    def _select(self, index: Ints) -> None:
-        self.hist, self.node = self.hist[index], self.node[index]
-        self.blank, self.piece = self.blank[index], self.piece[index]
-        self.began, self.moved = self.began[index], self.moved[index]
+    def _retime(self, i: int) -> None:
+        """The word that ends with hypothesis i, likelier than before, was said when it says."""
+        hist, node, began, moved = self._now.ints[:LAST, i].tolist()
+        if not node:
+            return
+        after = self._after[hist, node]
+        history = self._histories[after]
+        said = history.words[-1]
+        if (said.start, said.end) != (began, moved + 1):
+            words = (*self._histories[hist].words, Word(said.text, began, moved + 1))
+            self._histories[after] = history._replace(words=words)
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -279,26 +327,24 @@ class WordBeam:
 
         A word that is open counts as if it ended here, where it can.
         """
-        mass = np.logaddexp(self.blank, self.piece)
-        scores = (mass + self._lm(self.hist, self.node)).tolist()
-        may_end = self._may_begin().tolist()
+        mass, scores = self._now.mass().tolist(), self._now.scores().tolist()
         best: dict[str, tuple[float, Word, bool]] = {}
         sums: dict[str, float] = {}
         everything = float(np.logaddexp.reduce(scores))
         nothing = NEVER
-        for i, (hist, node) in enumerate(zip(self.hist.tolist(), self.node.tolist(), strict=True)):
+        for i, (hist, node, began, moved, _, ends, *_) in enumerate(self._now.ints.T.tolist()):
             words, score = self._histories[hist].words, scores[i]
             if words:
                 word = words[0]
-            elif node and may_end[i]:
-                word = Word(self._text(node), int(self.began[i]), int(self.moved[i]) + 1)
-                score = float(mass[i]) + self._histories[self._ended(i)].score
+            elif node and ends:
+                word = Word(self._text(node), began, moved + 1)
+                score = mass[i] + self._histories[self._ended(i)].score
             else:
                 if not node:
-                    nothing = float(np.logaddexp(nothing, score))
+                    nothing = _sum(nothing, score)
                 continue
             known = sums.get(word.text)
-            sums[word.text] = score if known is None else float(np.logaddexp(known, score))
+            sums[word.text] = score if known is None else _sum(known, score)
             if word.text not in best or score > best[word.text][0]:
                 best[word.text] = (score, word, bool(words))
         found = [Candidate(w, sums[text], closed) for text, (_, w, closed) in best.items()]
@@ -306,16 +352,13 @@ class WordBeam:
 
     def readings(self) -> list[tuple[tuple[str, ...], float]]:
         """Words since the last committed one and their log mass, best first; open ones end here."""
-        mass = np.logaddexp(self.blank, self.piece).tolist()
-        may_end = self._may_begin().tolist()
+        mass = self._now.mass().tolist()
         sums: dict[tuple[str, ...], float] = {}
-        for i in range(len(self.hist)):
-            if not may_end[i]:
-                continue
+        for i in np.nonzero(self._now.ints[ENDS])[0].tolist():
             history = self._histories[self._ended(i)]
             words = tuple(word.text for word in history.words)
             score = mass[i] + history.score
-            sums[words] = float(np.logaddexp(sums.get(words, NEVER), score))
+            sums[words] = _sum(sums.get(words, NEVER), score)
         return sorted(sums.items(), key=lambda found: -found[1])
 
     @property
@@ -325,6 +368,10 @@ class WordBeam:
         return " ".join(found[0][0]) if found else ""
 
     @property
+    def n_hypotheses(self) -> int:
+        return len(self._now.ints[HIST])
+
+    @property
     def n_kept(self) -> int:
         """Histories and spelled nodes in memory."""
         return len(self._histories) + len(self._spelled.texts)
@@ -332,50 +379,46 @@ class WordBeam:
     @property
     def is_open(self) -> bool:
         """Whether the best reading holds anything that is not committed."""
-        best = int(np.argmax(np.logaddexp(self.blank, self.piece) + self._lm(self.hist, self.node)))
-        return bool(self.node[best]) or bool(self._histories[int(self.hist[best])].words)
+        hist, node = self._now.ints[: NODE + 1, int(np.argmax(self._now.scores()))].tolist()
+        return node > 0 or bool(self._histories[hist].words)
 
     def commit(self, text: str) -> None:
         """The next word is `text`: readings that say otherwise die."""
         keep, hists, nodes = list[int](), list[int](), list[int]()
-        may_end = self._may_begin()
-        for i, (hist, node) in enumerate(zip(self.hist.tolist(), self.node.tolist(), strict=True)):
+        for i, (hist, node, _, _, _, ends, *_) in enumerate(self._now.ints.T.tolist()):
             words = self._histories[hist].words
             if words and words[0].text == text:
                 keep.append(i)
                 hists.append(hist)
                 nodes.append(node)
-            elif not words and node and may_end[i] and self._text(node) == text:
+            elif not words and node and ends and self._text(node) == text:
                 keep.append(i)
                 hists.append(self._ended(i))
                 nodes.append(0)
         if not keep:
             raise ValueError(f"no reading begins with {text!r}")
-        self._select(np.array(keep))
-        self.hist, self.node = np.array(hists), np.array(nodes)
-        over = self.node == 0
-        self.blank = np.where(over, np.logaddexp(self.blank, self.piece), self.blank)
-        self.piece = np.where(over, NEVER, self.piece)
+        self._now = now = self._now.where(np.array(keep))
+        now.ints[HIST], now.ints[NODE] = hists, nodes
+        over = now.ints[NODE] == 0
+        now.ints[LAST] = np.where(over, BLANK, now.ints[LAST])
+        now.floats[BLANK_MASS] = np.where(over, now.mass(), now.floats[BLANK_MASS])
+        now.floats[PIECE_MASS] = np.where(over, NEVER, now.floats[PIECE_MASS])
+        now.floats[PAST] = [self._histories[hist].score for hist in hists]
+        now.floats[AHEAD] = np.where(over, 0.0, now.floats[AHEAD])
         self._forget(1)
 
     def _forget(self, n_words: int) -> None:
         """Drops committed words from histories, and what no hypothesis needs any more."""
-        live = sorted(set(self.hist.tolist()))
-        index = {old: new for new, old in enumerate(live)}
-        self._histories = [
-            _History(h.words[n_words:], h.context, h.score)
-            for h in (self._histories[old] for old in live)
-        ]
+        ints = self._now.ints
+        live, ints[HIST] = np.unique(ints[HIST], return_inverse=True)
+        kept = [self._histories[old] for old in live.tolist()]
+        self._histories = [h._replace(words=h.words[n_words:]) for h in kept]
         self._after = {}
-        self.hist = np.array([index[h] for h in self.hist.tolist()], np.int64)
-        spelled = sorted({n for n in self.node.tolist() if n >= self._n_nodes})
-        moved = {old: self._n_nodes + new for new, old in enumerate(spelled)}
-        known = self._spelled
-        self._spelled = _Spelled(
-            [known.texts[n - self._n_nodes] for n in spelled],
-            [known.last[n - self._n_nodes] for n in spelled],
-        )
-        self.node = np.array([moved.get(n, n) for n in self.node.tolist()], np.int64)
+        is_spelled = ints[NODE] >= self._n_nodes
+        nodes, new = np.unique(ints[NODE, is_spelled], return_inverse=True)
+        ints[NODE, is_spelled] = self._n_nodes + new
+        old, known = (nodes - self._n_nodes).tolist(), self._spelled
+        self._spelled = _Spelled([known.texts[n] for n in old])
 
     def _text(self, node: int) -> str:
         if node >= self._n_nodes:

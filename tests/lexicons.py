@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparqle_stream import testing
 from sparqle_stream.lexicon import Lexicon
-from training.words import count, estimate
+from training.words import Corpus, count, estimate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,5 +14,6 @@ if TYPE_CHECKING:
 
 def lexicon_of(texts: Sequence[Sequence[str]]) -> Lexicon:
     """Words and n-grams of some texts."""
-    stored = estimate(*count([list(text) for text in texts], 1000, 1))
-    return Lexicon.of(stored, testing.tiny_pieces())
+    corpus = Corpus()
+    corpus.add(texts)
+    return Lexicon.of(estimate(*count(corpus, 1000, 1)), testing.tiny_pieces())

@@ -146,7 +146,7 @@ def test_hours_stay_small(lexicon, is_committed):
         found = beam.candidates()[0]
         if is_committed and found and beam.n_frames - found[0].word.end > 6:
             beam.commit(found[0].word.text)
-        assert len(beam.hist) <= cfg.size
+        assert beam.n_hypotheses <= cfg.size
         assert beam.n_kept <= (MOST_KEPT + 8) * cfg.size
     assert np.isfinite(beam.candidates()[1])
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from sparqle_stream.ctc import CtcPieces
+from sparqle_stream.pieces import CtcPieces
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "`": "'"})
+_SPOKEN = {"mr": "mister", "mrs": "missus", "dr": "doctor", "st": "saint"}  # as LibriSpeech has it
 
 
 def spoken(text: str) -> str:
     """What CTC is trained on: lower case, letters and apostrophes, single spaces.
 
     >>> spoken("Mr. O'Neil -- said: 'No!'")
-    "mr o'neil said no"
+    "mister o'neil said no"
     """
     text = text.translate(_APOSTROPHES).lower()
     text = re.sub(r"[^a-z' ]+", " ", text)
-    return " ".join(w for w in (word.strip("'") for word in text.split()) if w)
+    words = (word.strip("'") for word in text.split())
+    return " ".join(_SPOKEN.get(word, word) for word in words if word)
 
 
 def is_spelled_out(text: str) -> bool:

@@ -31,6 +31,7 @@ PACKAGES = {
     "gguf": "",
     "soxr": "",
     "av": "",
+    "onnx": "",
     "onnxruntime": "",
     "silero-vad": "",
     "webrtcvad-wheels": "--vad webrtc",
@@ -59,6 +60,7 @@ def examine(model: str, llm: str | None, compute: str) -> list[Finding]:
         *_packages(),
         *_torch(),
         *_cuda(is_wanted=compute == "cuda"),
+        _backend(compute),
         *_audio(),
         *_model_files(model, llm),
         *_self_test(compute),
@@ -138,6 +140,18 @@ def _cuda(*, is_wanted: bool) -> list[Finding]:
         hint = "pip install 'sparqle-stream[gpu]'"
         findings.append(Finding("triton", "note", "not installed: slower on CUDA", hint))
     return findings
+
+
+def _backend(compute: str) -> Finding:
+    """What computes captions where nothing else is asked for."""
+    from sparqle_stream import models
+
+    backend, dtype = models.choose("auto", "auto", compute)
+    what = {
+        "onnx": "ONNX Runtime: graphs made from the weights once, without torch afterwards",
+        "torch": "torch, with the kernels below",
+    }
+    return Finding("backend", "ok", f"{backend} with the LLM in {dtype} ({what[backend]})")
 
 
 def _audio() -> list[Finding]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sparqle_stream import artifacts
 from sparqle_stream.artifacts import list_models, path, pull, verify
-from sparqle_stream.errors import ConfigError
+from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.onnx_cpu.settings import BITS, DEFAULT_DTYPE, FORMAT, INDEX
 
 if TYPE_CHECKING:
@@ -113,6 +113,21 @@ def _load_torch(
     return torch_model.to_device(torch_model.read(folder, source), dtype, device)
 
 
+def write_graphs(
+    name_or_path: str | Path, llm: str | Path | None, out: Path, dtype: str = DEFAULT_DTYPE
+) -> None:
+    """The graphs of a model with its LLM, in one of BITS, into the folder `out`."""
+    from sparqle_stream import torch_model
+    from sparqle_stream.onnx_cpu.export import export
+
+    folder = artifacts.model_folder(name_or_path)
+    model = torch_model.read(folder, artifacts.llm_source(llm or artifacts.DEFAULT_LLM))
+    for part in (model.encoder, model.ctc, model.qformer, model.llm):
+        part.float().eval()
+    words = folder / artifacts.WORDS_FILE
+    export(model, out, BITS[dtype], words if words.is_file() else None)
+
+
 def _graphs(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> Path:
     """The folder of a model's graphs in the cache; they are made where they are missing."""
     folder = artifacts.model_folder(name_or_path)
@@ -123,19 +138,14 @@ def _graphs(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> Pat
         return out
     from filelock import FileLock
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.parent / ".lock"):  # two processes may want them at once
-        if not (out / INDEX).is_file():
-            _export(folder, source, out, dtype)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(out.parent / ".lock"):  # two processes may want them at once
+            if not (out / INDEX).is_file():
+                write_graphs(name_or_path, llm, out, dtype)
+    except OSError as err:
+        raise ModelError(
+            f"cannot write the model's graphs to {out.parent}: {err}",
+            hint="make room there, point SPARQLE_HOME elsewhere, or use --backend torch",
+        ) from err
     return out
-
-
-def _export(folder: Path, source: str | Path, out: Path, dtype: str) -> None:
-    from sparqle_stream import torch_model
-    from sparqle_stream.onnx_cpu.export import export
-
-    model = torch_model.read(folder, source)
-    for part in (model.encoder, model.ctc, model.qformer, model.llm):
-        part.float().eval()
-    words = folder / "words.safetensors"
-    export(model, out, BITS[dtype], words if words.is_file() else None)

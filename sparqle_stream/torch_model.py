@@ -115,7 +115,8 @@ def read(folder: Path, source: str | Path) -> SparqleModel:
         weights_hash=artifacts.hash_of(folder, source),
         device=torch.device("cpu"),
     )
-    weights.load_into(model.encoder, weights.read_safetensors(folder / "encoder.safetensors"))
+    encoder = weights.read_safetensors(folder / "encoder.safetensors")
+    weights.load_into(model.encoder, weights.expanded(encoder))
     weights.load_into(model.ctc, weights.part(bridge, "ctc"))
     weights.load_into(model.qformer, weights.part(bridge, "qformer"))
     weights.load_into(model.llm.stop, weights.part(bridge, "stop"))

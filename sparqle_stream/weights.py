@@ -282,6 +282,33 @@ def merge_lora(state: dict[str, Tensor], lora: dict[str, Tensor], scale: float) 
         state[f"{name}.weight"] = merged.to(weight.dtype)
 
 
+SCALE = ".scale"  # of a matrix in int8, (out,)
+
+
+def in_eight_bits(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices (out, ...) as int8 with a scale for each output; `expanded` undoes it."""
+    out = {}
+    for name, weight in state.items():
+        if weight.ndim < 2:
+            out[name] = weight
+            continue
+        rows = weight.float().flatten(1)
+        scale = rows.abs().amax(dim=1).clamp(min=1e-12) / 127.0
+        out[name] = (rows / scale[:, None]).round().to(torch.int8).view(weight.shape)
+        out[name + SCALE] = scale
+    return out
+
+
+def expanded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights with what is in int8 in float32; all others stay as they are."""
+    out = {name: value for name, value in state.items() if not name.endswith(SCALE)}
+    for name in [n for n in state if n.endswith(SCALE)]:
+        matrix = name.removesuffix(SCALE)
+        scale = state[name].view(-1, *[1] * (state[matrix].ndim - 1))
+        out[matrix] = state[matrix].float() * scale
+    return out
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors as they are stored."""
     from safetensors import SafetensorError

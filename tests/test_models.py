@@ -279,3 +279,11 @@ def test_config_survives_json():
     cfg = ModelConfig(name="x")
     raw = json.loads(json.dumps(asdict(cfg)))
     assert config_from_json(ModelConfig, raw, artifacts.ASSETS) == cfg
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_do(written, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARQLE_HOME", str(tmp_path / "file" / "below"))
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ModelError, match="cannot write the model's graphs") as caught:
+        models.load(written[0], llm=written[1])
+    assert "SPARQLE_HOME" in caught.value.hint

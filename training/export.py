@@ -3,7 +3,9 @@
 `python -m training.export OUT --ear runs/ear/ear.safetensors --bridge runs/joint/bridge.safetensors
 --pieces runs/pieces.json --words runs/words.safetensors`
 
-Encoder, Q-Former and adapters are stored as bf16; norms, biases and the small heads as float32.
+The encoder's matrices are stored in int8 with a scale for every row, Q-Former and adapters in bf16;
+norms, biases and the small heads in float32. `--onnx FOLDER` writes the graphs as well that ONNX
+Runtime runs (docs/onnx.md); a folder that `--model` loads too, without torch.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
+from sparqle_stream import models
 from sparqle_stream.artifacts import sha256
 from sparqle_stream.config import CtcConfig, ModelConfig, QFormerConfig, WriterConfig
 from sparqle_stream.errors import ConfigError
+from sparqle_stream.onnx_cpu.settings import BITS, DEFAULT_DTYPE
 from sparqle_stream.tasks import TRANSCRIBE, name_of
-from sparqle_stream.weights import part, read_safetensors, whisper_config
+from sparqle_stream.weights import in_eight_bits, part, read_safetensors, whisper_config
 from training.errors import reported
 from training.lora import LORA_SCALE
 
@@ -60,7 +64,7 @@ def export(
     heard, trained = read_safetensors(ear), read_safetensors(bridge)
     encoder, head = part(heard, "encoder"), {k: v for k, v in heard.items() if k.startswith("ctc.")}
     cfg = replace(shapes(encoder, head, trained), name=out.name, tasks=tasks, writer=writer)
-    save_file(compact(encoder), out / "encoder.safetensors")
+    save_file(in_eight_bits(encoder), out / "encoder.safetensors")
     save_file(compact(head | trained), out / "bridge.safetensors")
     shutil.copyfile(pieces, out / "pieces.json")
     stored = [*STORED]
@@ -105,6 +109,9 @@ def main() -> None:
     for name in ("llm_weight", "stop_threshold", "mark_odds"):
         default = getattr(WriterConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
+    parser.add_argument("--onnx", type=Path, metavar="FOLDER", help="write the graphs there too")
+    parser.add_argument("--llm", help="language model of the graphs (default: the model's own)")
+    parser.add_argument("--dtype", choices=BITS, default=DEFAULT_DTYPE, help="its precision there")
     parser.add_argument(
         "--tasks", nargs="+", default=[TRANSCRIBE], help='such as transcribe "translate to de"'
     )
@@ -112,6 +119,8 @@ def main() -> None:
     writer, tasks = WriterConfig(args.llm_weight, args.stop_threshold, args.mark_odds), args.tasks
     with reported():
         export(args.out, args.ear, args.bridge, args.pieces, args.words, writer, tuple(tasks))
+        if args.onnx:
+            models.write_graphs(args.out, args.llm, args.onnx, args.dtype)
     size = sum(p.stat().st_size for p in args.out.iterdir()) / 1e6
     print(f"{args.out}: {size:.1f} MB")
 

@@ -14,6 +14,7 @@ from sparqle_stream.config import ModelConfig, WriterConfig
 from sparqle_stream.config_json import config_from_json
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import CtcPieces
+from sparqle_stream.weights import expanded, in_eight_bits
 from training.export import compact, export
 from training.text import train_pieces
 
@@ -34,6 +35,24 @@ def test_matrices_are_halved_and_small_tensors_are_kept():
     }
     for name, value in weights.items():
         torch.testing.assert_close(stored[name].float(), value, atol=0, rtol=2**-8)
+
+
+def test_an_encoder_survives_eight_bits():
+    weights = {
+        "matrix": torch.randn(128, 64) * torch.logspace(-3, 0, 128)[:, None],
+        "convolution": torch.randn(64, 80, 3),
+        "silent": torch.zeros(4, 4),
+        "bias": torch.randn(512),
+    }
+    stored = in_eight_bits(weights)
+    assert stored["matrix"].dtype == stored["convolution"].dtype == torch.int8
+    again = expanded(stored)
+    assert again.keys() == weights.keys()
+    assert torch.equal(again["bias"], weights["bias"])
+    for name, weight in weights.items():
+        rows, found = weight.reshape(len(weight), -1), again[name].reshape(len(weight), -1)
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        assert ((rows - found).abs() <= largest / 254 + 1e-7).all(), name
 
 
 @pytest.mark.parametrize("kind", ["window", "stack"])
@@ -64,7 +83,9 @@ def test_a_folder_holds_every_part_once(tmp_path, kind):
         WriterConfig(llm_weight=2.0),
     )
     encoder, rest = (load_file(out / f"{name}.safetensors") for name in ("encoder", "bridge"))
-    assert encoder.keys() == {k.removeprefix("encoder.") for k in ear if k[0] == "e"}
+    names = {k.removeprefix("encoder.") for k in ear if k[0] == "e"}
+    assert encoder.keys() == names | {"conv1.weight.scale"}
+    assert expanded(encoder)["conv1.weight"].eq(1.0).all()
     assert rest.keys() == bridge.keys() | {"ctc.out.bias", "ctc.hidden.bias"}
     raw = json.loads((out / "config.json").read_text())
     assert raw.pop("lora_scale") == 2.0

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import report_kernels, report_load
+from bench import report_kernels, report_load, report_passes
 from bench.tables import Machines, bound, conditions, number, settings, table
 from sparqle_stream.errors import ConfigError, SparqleError
 
@@ -263,6 +263,7 @@ def _latency_table(result: Json) -> str:
 _SECTIONS: dict[str, Callable[[Sequence[tuple[str, Json]], Machines], list[str]]] = {
     "accuracy": _accuracy,
     "latency": _latency,
+    "passes": report_passes.passes,
     "throughput": report_load.throughput,
     "soak": report_load.soak,
     "compare": report_load.compare,

@@ -1,0 +1,161 @@
+"""Passes: what one pass of the LLM and one chunk cost on every backend and precision of a CPU.
+
+`python -m bench.passes` times a single row (a token), a chunk's queries (the append), and both for
+eight streams at once, on slots that hold `--filled` rows, beside the memory bound: the bytes of the
+LLM's matrices, read once at the measured bandwidth. Then every stage of a chunk of the bundled
+clip. Variants take turns (A B C A B C), the figure is the median of all turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench import bounds, machine, manifests, settings
+from sparqle_stream.stages import prefix_ids
+from sparqle_stream.writer import Greedy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from bench.settings import Settings
+    from sparqle_stream.models import Model
+    from sparqle_stream.stages import Floats, Stages
+
+VARIANTS = (("onnx", "int4"), ("onnx", "int8"), ("onnx", "float32"), ("torch", "float32"))
+SHAPES = ((1, 1), (1, 4), (8, 1), (8, 4))  # streams, rows of each
+WARM_UPS = 3
+
+
+class Variant:
+    """A model on one backend in one precision, with rows for eight streams."""
+
+    def __init__(self, wanted: Settings, backend: str, dtype: str, n_filled: int) -> None:
+        self.name = f"{backend} {dtype}"
+        self.model = replace(wanted, backend=backend, dtype=dtype).load_model()
+        self.n_filled = n_filled
+        self._stages = self.model.make_stages(max(n for n, _ in SHAPES))
+
+    def pass_seconds(self, n_streams: int, n_rows: int) -> float:
+        """One pass that appends `n_rows` rows to each of `n_streams` slots."""
+        rng = np.random.default_rng(0)
+        width = self.model.cfg.llm.width
+        rows = rng.standard_normal((n_streams, n_rows, width)).astype(np.float32)
+        append = _appender(self._stages, self.n_filled, rows)
+        start = time.perf_counter()
+        append()
+        return time.perf_counter() - start
+
+    def chunk_seconds(self, pcm: Floats, chunk: int) -> list[dict[str, float]]:
+        """Seconds by stage of each chunk of a recording; nothing is written."""
+        stages, out = self.model.make_stages(1), []
+        with stages.working(0):
+            stages.wipe(0)
+            stages.begin({0: prefix_ids(self.model.tokenizer, "")})
+            for at in range(0, len(pcm) - chunk, chunk):
+                result = stages.step({0: pcm[at : at + chunk]}, {0: 240}, _listen)
+                out.append(dict(result.seconds))
+        return out
+
+
+class _Mute(Greedy):
+    """Writes nothing, but has the queries read: what a chunk costs before its first word."""
+
+    def is_over(self) -> bool:
+        return False
+
+
+def _listen(_row: int, _log_probs: Floats) -> _Mute:
+    return _Mute(n_most=0)
+
+
+def _appender(stages: Stages, n_filled: int, rows: Floats) -> Callable[[], None]:
+    """A call that appends rows (B, R, E) to slots of `n_filled` rows, on either backend."""
+    from sparqle_stream.onnx_cpu.stages import OnnxStages
+
+    if isinstance(stages, OnnxStages):
+        slots = stages.slots
+        slots.length[:] = 0
+        slots.length[: len(rows)] = n_filled
+        for row, new in enumerate(rows):
+            slots.leave_embedded(row, new)
+        return lambda: slots.read({row: [] for row in range(len(rows))})
+    return _torch_appender(stages, n_filled, rows)
+
+
+def _torch_appender(stages: Any, n_filled: int, rows: Floats) -> Callable[[], None]:  # noqa: ANN401 - TorchStages
+    import torch
+
+    from sparqle_stream import llm
+
+    state, model = stages.state.llm, stages.model
+    state.length[:] = n_filled
+    embeds = torch.zeros(stages.n_rows, *rows.shape[1:])
+    embeds[: len(rows)] = torch.from_numpy(rows)
+    active = torch.arange(stages.n_rows) < len(rows)
+    return lambda: llm.append(model.llm, state, embeds, active) and None
+
+
+def measure(variants: Sequence[Variant], n_turns: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds by variant and shape ('8x4': eight streams, four rows each)."""
+    taken: dict[str, dict[str, list[float]]] = {v.name: {} for v in variants}
+    for turn in range(WARM_UPS + n_turns):
+        for variant in variants:
+            for n_streams, n_rows in SHAPES:
+                seconds = variant.pass_seconds(n_streams, n_rows)
+                if turn >= WARM_UPS:
+                    taken[variant.name].setdefault(f"{n_streams}x{n_rows}", []).append(seconds)
+    return {
+        name: {shape: round(1000 * median(all_), 2) for shape, all_ in by_shape.items()}
+        for name, by_shape in taken.items()
+    }
+
+
+def run(args: argparse.Namespace, wanted: Settings) -> dict[str, Any]:
+    free = machine.require_free(is_forced=args.force)
+    variants = [Variant(wanted, *names, args.filled) for names in VARIANTS]
+    bandwidth = bounds.read_gigabytes_per_s()
+    passes = measure(variants, args.turns)
+    pcm = manifests.bundled().recordings[0].pcm()
+    chunk = wanted.stream_options().chunk_samples
+    stages: dict[str, dict[str, float]] = {}
+    for variant in variants:
+        taken = variant.chunk_seconds(pcm, chunk)[WARM_UPS:]
+        stages[variant.name] = {
+            stage: round(1000 * median(t[stage] for t in taken), 2) for stage in taken[0]
+        }
+    return {
+        "bench": "passes",
+        "settings": wanted.summary() | {"filled": args.filled, "turns": args.turns},
+        "machine": machine.card(variants[0].model.weights_hash, wanted.threads),
+        "busy_share": round(free, 2),
+        "read_gb_per_s": round(bandwidth, 1),
+        "bound_ms": {v.name: round(_llm_ms(v.model, bandwidth), 2) for v in variants},
+        "pass_ms": passes,
+        "stage_ms": stages,
+    }
+
+
+def _llm_ms(model: Model, bandwidth: float) -> float:
+    return model.weight_bytes()["llm"] / 1e6 / bandwidth
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.passes", description=__doc__)
+    add = parser.add_argument
+    add("--filled", type=int, default=150, metavar="ROWS", help="of each slot (%(default)s)")
+    add("--turns", type=int, default=15, help="(%(default)s)")
+    add("--force", action="store_true", help="time on a busy machine, and say so in the result")
+    settings.add_options(parser)
+    args = parser.parse_args(argv)
+    return settings.run_and_print(lambda: run(args, settings.from_args(args)), args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

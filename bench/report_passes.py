@@ -1,0 +1,44 @@
+"""Section of the report for bench.passes: results -> Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bench.tables import number, table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bench.tables import Machines
+
+    Json = dict[str, Any]
+
+PASSES_NOTES = """One pass of the LLM over its slots, and every stage of one chunk whose queries the
+LLM reads, in milliseconds (medians of turns, variants in turns). *8 x 4*: eight streams, four rows
+each. The bound reads the LLM's matrices once, at the bandwidth measured in the same run."""
+
+
+def passes(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]:
+    parts = ["## CPU engine", PASSES_NOTES]
+    for name, result in results:
+        label = machines.label(result["machine"])
+        facts = (
+            f"{result['settings']['filled']} rows in each slot, {result['read_gb_per_s']:g} GB/s,"
+            f" commit `{result['machine']['commit']}`, machine {label}."
+        )
+        parts += [f"### `{name}`", facts, _table(result)]
+    return parts
+
+
+def _table(result: Json) -> str:
+    shapes = list(next(iter(result["pass_ms"].values())))
+    stages = sorted({stage for taken in result["stage_ms"].values() for stage in taken})
+    head = ["variant", "bound", *(shape.replace("x", " x ") for shape in shapes), *stages]
+    rows = []
+    for name, taken in result["pass_ms"].items():
+        by_stage = result["stage_ms"][name]
+        cells = [number(result["bound_ms"][name], 1)]
+        cells += [number(taken[shape], 1) for shape in shapes]
+        cells += [number(by_stage.get(stage), 1) for stage in stages]
+        rows.append([name, *cells])
+    return table(" | ".join(head), rows)

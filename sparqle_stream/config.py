@@ -189,13 +189,13 @@ class BeamConfig:
     Chosen on development sets for the weights that they are stored with.
     """
 
-    lm_weight: float = 0.6  # of word n-grams
-    word_bonus: float = 1.5  # for each word, against the n-grams' liking for few
-    spell_cost: float = 6.0  # of a word that is in no lexicon
+    lm_weight: float = 0.65  # of word n-grams
+    word_bonus: float = 2.2  # for each word, against the n-grams' liking for few
+    spell_cost: float = 8.0  # of a word that is in no lexicon
     letter_cost: float = 0.8  # of each of its letters
     size: int = 64  # hypotheses
-    width: float = 14.0  # worse ones than the best by more are dropped
-    piece_floor: float = -9.0  # pieces below are not gone on with
+    width: float = 11.0  # worse ones than the best by more are dropped
+    piece_floor: float = -8.0  # pieces below are not gone on with
     spell_floor: float = -2.5  # nor those below, in words of no lexicon
     n_spelled: int = 12  # hypotheses that may go on with such words
 

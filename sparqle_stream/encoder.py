@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparqle_kernels.chunk_attention import chunk_attention
+from sparqle_stream.config import MEL_TAIL, SILENT_MEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sparqle_stream.config import EncoderConfig
-
-MEL_TAIL = 3  # mel frames that the two convolutions look back
-SILENT_MEL = (1.5 - 8.0 + 4.0) / 4.0  # features of digital silence
 
 
 class Block(nn.Module):

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparqle_stream.config import SAMPLE_RATE_HZ, FeatureConfig
+from sparqle_stream.config import (
+    FIRST_PEAK,
+    FLOOR_DB8,
+    LOOK_BACK_SAMPLES,
+    SAMPLE_RATE_HZ,
+    FeatureConfig,
+)
 from sparqle_stream.errors import AudioFormatError
-
-LOOK_BACK_SAMPLES = 360
-FLOOR_DB8 = 8.0  # Whisper clamps at maximum - 8 in log10 units
-FIRST_PEAK = 1.0  # level the gain tracker assumes before it has heard anything
 
 
 @dataclass(slots=True)

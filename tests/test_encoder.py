@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sparqle_stream import encoder as stage
-from sparqle_stream.config import EncoderConfig
-from sparqle_stream.encoder import SILENT_MEL, Encoder
+from sparqle_stream.config import SILENT_MEL, EncoderConfig
+from sparqle_stream.encoder import Encoder
 
 CFG = EncoderConfig(n_mels=8, width=16, n_heads=2, n_layers=2, n_positions=20, left_frames=12)
 TOLERANCE = {"atol": 1e-5, "rtol": 0}

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparqle_stream import features
-from sparqle_stream.config import SAMPLE_RATE_HZ, FeatureConfig
-from sparqle_stream.encoder import SILENT_MEL
+from sparqle_stream.config import SAMPLE_RATE_HZ, SILENT_MEL, FeatureConfig
 from sparqle_stream.errors import AudioFormatError
 
 CFG = FeatureConfig()

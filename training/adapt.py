@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparqle_stream.config import SAMPLE_RATE_HZ, CtcConfig
+from sparqle_stream.config import SAMPLE_RATE_HZ, SILENT_MEL, CtcConfig
 from sparqle_stream.ctc import CtcHead
-from sparqle_stream.encoder import SILENT_MEL, Encoder
+from sparqle_stream.encoder import Encoder
 from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.weights import load_into, read_safetensors
 from training.data import AugmentConfig, spec_augment

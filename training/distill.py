@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.encoder import SILENT_MEL, Encoder
+from sparqle_stream.config import SAMPLE_RATE_HZ, SILENT_MEL
+from sparqle_stream.encoder import Encoder
 from sparqle_stream.weights import load_into, read_safetensors
 from training.adapt import freeze
 from training.data import AugmentConfig, spec_augment

@@ -17,8 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparqle_stream.config import FRAMES_PER_CTC, FRAMES_PER_QUERY, QUERY_MS, SAMPLE_RATE_HZ
-from sparqle_stream.encoder import SILENT_MEL
+from sparqle_stream.config import (
+    FRAMES_PER_CTC,
+    FRAMES_PER_QUERY,
+    QUERY_MS,
+    SAMPLE_RATE_HZ,
+    SILENT_MEL,
+)
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import BLANK
 from sparqle_stream.tasks import TRANSCRIBE

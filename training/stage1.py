@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparqle_stream.config import QFormerConfig
-from sparqle_stream.encoder import SILENT_MEL
+from sparqle_stream.config import SILENT_MEL, QFormerConfig
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.qformer import QFormer

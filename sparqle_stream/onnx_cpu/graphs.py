@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparqle_stream.config import FRAMES_PER_CTC, FRAMES_PER_QUERY, QUERY_MS, SAMPLE_RATE_HZ
+from sparqle_stream.config import (
+    FLOOR_DB8,
+    FRAMES_PER_QUERY,
+    LOOK_BACK_SAMPLES,
+    QUERY_MS,
+    SAMPLE_RATE_HZ,
+)
 from sparqle_stream.onnx_cpu.graph import FLOAT, INT32, INT64, Floats, Graph
 from sparqle_stream.onnx_cpu.settings import places
 
@@ -24,8 +30,6 @@ if TYPE_CHECKING:
     Weights = Mapping[str, Floats]
     Shape = list[int | str]
 
-LOOK_BACK_SAMPLES = 360
-FLOOR_DB8 = 8.0
 EPS = 1e-5  # of LayerNorm
 UNSEEN = -1e30  # added to the score of what must not be seen
 
@@ -159,8 +163,7 @@ def _block(
 
 def _ctc(g: Graph, w: Weights, frames: str) -> str:
     """frames (B, T, D) -> log-probabilities (B, T / 2, V)."""
-    width = FRAMES_PER_CTC * (len(w["norm.weight"]) // FRAMES_PER_CTC)
-    pairs = g.reshape(frames, 0, -1, width)
+    pairs = g.reshape(frames, 0, -1, len(w["norm.weight"]))
     normed = g.add("LayerNormalization", pairs, *_norm(g, w, "norm"), epsilon=EPS, axis=-1)
     hidden = g.linear(normed, w["hidden.weight"])
     hidden = g.add("BiasGelu", hidden, g.const(w["hidden.bias"]))

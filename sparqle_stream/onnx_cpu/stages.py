@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from sparqle_stream.config import FRAMES_PER_QUERY
+from sparqle_stream.config import (
+    FIRST_PEAK,
+    FRAMES_PER_QUERY,
+    LOOK_BACK_SAMPLES,
+    MEL_TAIL,
+    SILENT_MEL,
+)
 from sparqle_stream.decode import write
 from sparqle_stream.onnx_cpu.memory import sparse_zeros
 from sparqle_stream.onnx_cpu.slots import Slots
@@ -32,10 +38,6 @@ if TYPE_CHECKING:
     Ints = npt.NDArray[np.int64]
 
 PATIENCE = 8  # rows that may wait for a pass that somebody needs; longer ones get their own
-LOOK_BACK_SAMPLES = 360  # features.LOOK_BACK_SAMPLES, without importing torch
-FIRST_PEAK = 1.0
-MEL_TAIL = 3
-SILENT_MEL = (1.5 - 8.0 + 4.0) / 4.0
 
 
 class Rings:

@@ -99,7 +99,11 @@ def _torch_appender(stages: Any, n_filled: int, rows: Floats) -> Callable[[], No
     embeds = torch.zeros(stages.n_rows, *rows.shape[1:])
     embeds[: len(rows)] = torch.from_numpy(rows)
     active = torch.arange(stages.n_rows) < len(rows)
-    return lambda: llm.append(model.llm, state, embeds, active) and None
+
+    def append() -> None:
+        llm.append(model.llm, state, embeds, active)
+
+    return append
 
 
 def measure(variants: Sequence[Variant], n_turns: int) -> dict[str, dict[str, float]]:

@@ -135,7 +135,7 @@ def recordings(source: Path, handles: list[object]) -> list[Floats]:
         pack = Pack(source)
         return [pack.pcm(clip) for clip in clips]
     named = [h for h in handles if isinstance(h, Recording)]
-    return [pcm.astype(np.float32) / 32768 for _, pcm in decode_all(named)]
+    return [pcm.astype(np.float32) / np.float32(32768) for _, pcm in decode_all(named)]
 
 
 def align(

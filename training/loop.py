@@ -258,7 +258,7 @@ def _board(work: Path) -> Any:  # noqa: ANN401 - tensorboard is optional
         raise ConfigError(
             "--tensorboard needs tensorboard", hint="pip install tensorboard, or read log.jsonl"
         ) from err
-    return SummaryWriter(str(work / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(work / "tensorboard"))
 
 
 def main(name: str, about: str | None, make: Callable[[Path, str], Run]) -> None:

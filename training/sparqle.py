@@ -105,9 +105,10 @@ def load(checkpoint: Path, encoder: str, llm: str) -> Offline:
         kind = AutoConfig.from_pretrained(encoder).model_type
         if kind not in ENCODERS:
             raise ModelError(f"{encoder} is a {kind} model", hint=f"use {' or '.join(ENCODERS)}")
-        ears = AutoModel.from_pretrained(encoder)
+        ears: Any = AutoModel.from_pretrained(encoder)
         ears = ears.encoder if kind == "whisper" else ears
-        extract = AutoFeatureExtractor.from_pretrained(encoder)
+        extract = AutoFeatureExtractor.from_pretrained(encoder)  # type: ignore[no-untyped-call]
+        talker: Any
         talker, tokenizer = (
             each.from_pretrained(llm) for each in (AutoModelForCausalLM, AutoTokenizer)
         )

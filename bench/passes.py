@@ -3,7 +3,8 @@
 `python -m bench.passes` times a single row (a token), a chunk's queries (the append), and both for
 eight streams at once, on slots that hold `--filled` rows, beside the memory bound: the bytes of the
 LLM's matrices, read once at the measured bandwidth. Then every stage of a chunk of the bundled
-clip. Variants take turns (A B C A B C), the figure is the median of all turns.
+clip. Variants take turns (A B C A B C); a turn makes each pass three times and takes the last: threads
+of the variant before may still be spinning. The figure is the median of all turns.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 VARIANTS = (("onnx", "int4"), ("onnx", "int8"), ("onnx", "float32"), ("torch", "float32"))
 SHAPES = ((1, 1), (1, 4), (8, 1), (8, 4))  # streams, rows of each
 WARM_UPS = 3
+REPEATS = 3  # of a pass in its turn
 
 
 class Variant:
@@ -112,7 +114,8 @@ def measure(variants: Sequence[Variant], n_turns: int) -> dict[str, dict[str, fl
     for turn in range(WARM_UPS + n_turns):
         for variant in variants:
             for n_streams, n_rows in SHAPES:
-                seconds = variant.pass_seconds(n_streams, n_rows)
+                for _ in range(REPEATS):  # the last one counts: its threads are awake
+                    seconds = variant.pass_seconds(n_streams, n_rows)
                 if turn >= WARM_UPS:
                     taken[variant.name].setdefault(f"{n_streams}x{n_rows}", []).append(seconds)
     return {

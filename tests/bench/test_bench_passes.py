@@ -17,7 +17,7 @@ class Fake:
     def pass_seconds(self, n_streams, n_rows):
         self.log.append(self.name)
         self.n += 1
-        is_warm = self.n > passes.WARM_UPS * len(passes.SHAPES)
+        is_warm = self.n > passes.WARM_UPS * len(passes.SHAPES) * passes.REPEATS
         return n_streams * n_rows / 1000 if is_warm else 10.0
 
 
@@ -25,7 +25,7 @@ def test_variants_take_turns_and_warm_ups_do_not_count():
     log = []
     got = passes.measure([Fake("a", log), Fake("b", log)], n_turns=3)
     assert got["a"] == {"1x1": 1.0, "1x4": 4.0, "8x1": 8.0, "8x4": 32.0}
-    n = len(passes.SHAPES)
+    n = len(passes.SHAPES) * passes.REPEATS
     assert log[: 4 * n] == ["a"] * n + ["b"] * n + ["a"] * n + ["b"] * n
 
 

@@ -3,8 +3,8 @@
 `python -m bench.passes` times a single row (a token), a chunk's queries (the append), and both for
 eight streams at once, on slots that hold `--filled` rows, beside the memory bound: the bytes of the
 LLM's matrices, read once at the measured bandwidth. Then every stage of a chunk of the bundled
-clip. Variants take turns (A B C A B C); a turn makes each pass three times and takes the last: threads
-of the variant before may still be spinning. The figure is the median of all turns.
+clip. Variants take turns (A B C A B C); a turn makes each pass three times and takes the last, for
+threads of the variant before may still be spinning. The figure is the median of all turns.
 """
 
 from __future__ import annotations

@@ -64,9 +64,8 @@ class Decoder(Protocol):
 def write(decoder: Decoder, writers: Mapping[int, Writer]) -> dict[int, list[int]]:
     """One chunk: what the rows' writers choose. Every token is appended to its row's slot.
 
-    Queries that were left are not read for a row in which nothing can be written now.
-
-    The stop head is asked before every token, and before any logit is computed.
+    Queries that were left are not read for a row in which nothing can be written now. The stop head
+    is asked before every token, and before any logit is computed.
     """
     tokens: dict[int, list[int]] = {row: [] for row in writers}
     going = [row for row in writers if not writers[row].is_over()]

@@ -4,14 +4,14 @@
                               \\-> qformer -> llm -> tokens
                                             ^ hear(ctc log-probs): writers, a row each
 
-The only file that knows the order of the stages. Contract: every stage is causal and gated by
-`active` (B,), so a row gives what it gives alone; state is written in place and the old one is dead
-after a step. Latency: the end of the chunk, plus config.FRAME_LAG_SAMPLES.
+The order of the stages, which `onnx_cpu.stages` follows; tests/onnx_cpu holds both equal. Contract:
+every stage is causal and gated by `active` (B,), so a row gives what it gives alone; state is written
+in place and the old one is dead after a step. Latency: the end of the chunk, plus
+config.FRAME_LAG_SAMPLES.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparqle_stream import encoder, features, llm, qformer
-from sparqle_stream.stages import N_RECENT
+from sparqle_stream.stages import N_RECENT, Laps
 
 if TYPE_CHECKING:
     from sparqle_stream.decode import Writer
@@ -71,7 +71,7 @@ def step(
 
     `hear` is called between hearing and writing: text that CTC did not hear is not written.
     """
-    lap = _Laps()
+    lap = Laps()
     state.features, mel = features.step(model.cfg.features, state.features, pcm, active)
     lap("features")
     state.encoder, frames = encoder.step(model.encoder, state.encoder, mel, active)
@@ -155,16 +155,3 @@ def _reset_hearing(state: PipelineState, mask: Tensor) -> None:
     encoder.reset_rows(state.encoder, mask)
     qformer.reset_rows(state.qformer, mask)
     state.recent[mask] = 0.0
-
-
-class _Laps:
-    """Wall-clock seconds between calls, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now

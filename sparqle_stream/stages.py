@@ -6,6 +6,7 @@ same `Stages`: a session on the host cannot tell which of them it has. No torch 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +34,19 @@ N_RECENT = (DELAY_MS_RANGE[1] + CHUNK_MS_RANGE[1]) // QUERY_MS
 class StepResult:
     tokens: dict[int, list[int]]  # of each row that had a chunk
     seconds: dict[str, float] = field(default_factory=dict)  # wall clock per stage
+
+
+class Laps:
+    """Wall-clock seconds between calls, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
 
 
 class Stages(Protocol):

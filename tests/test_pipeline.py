@@ -261,5 +261,5 @@ def test_states_follow_the_dtype_of_the_weights(dtype):
         result = step(model, state, noise(2, S, seed=at), 0, 1)
         assert result.log_probs.dtype == torch.float32
         tokens += result.tokens[0]
-    assert state.llm.k.dtype == torch.bfloat16
+    assert state.llm.k.dtype == getattr(torch, dtype)
     assert tokens

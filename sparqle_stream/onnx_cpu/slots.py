@@ -17,7 +17,7 @@ from sparqle_stream.onnx_cpu.memory import sparse_zeros
 from sparqle_stream.onnx_cpu.settings import PASS_ROWS, places
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from sparqle_stream.onnx_cpu.model import OnnxModel
     from sparqle_stream.stages import Floats
@@ -118,7 +118,7 @@ class Slots:
         x = np.concatenate(list(new.values()))
         spread = np.full((len(counts), counts.max()), len(x), np.int64)
         pack = np.empty(len(x), np.int64)
-        last = _ends(map(len, new.values())) - 1
+        last = np.cumsum([len(embeds) for embeds in new.values()], dtype=np.int64) - 1
         at = 0
         for row, embeds in new.items():
             n = len(embeds)
@@ -140,7 +140,3 @@ class Slots:
         self._session.run_with_iobinding(self._binding)
         self.length = total
         self.hidden[list(new)] = self._binding.get_outputs()[-1].numpy()  # bound last
-
-
-def _ends(lengths: Iterable[int]) -> np.ndarray:
-    return np.cumsum(list(lengths), dtype=np.int64)

@@ -9,7 +9,6 @@ for one in which something may be written.
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from sparqle_stream.config import (
 from sparqle_stream.decode import write
 from sparqle_stream.onnx_cpu.memory import sparse_zeros
 from sparqle_stream.onnx_cpu.slots import Slots
-from sparqle_stream.stages import N_RECENT, StepResult
+from sparqle_stream.stages import N_RECENT, Laps, StepResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -147,7 +146,7 @@ class OnnxStages:
     def step(
         self, pcm: Mapping[int, Floats], delay_ms: Mapping[int, int], hear: Hear
     ) -> StepResult:
-        lap, rows = _Laps(), np.array(sorted(pcm), np.int64)
+        lap, rows = Laps(), np.array(sorted(pcm), np.int64)
         mel = self._features(rows, np.stack([pcm[row] for row in rows.tolist()]))
         lap("features")
         frames, log_probs = self._ear(rows, mel)
@@ -220,16 +219,3 @@ class OnnxStages:
         self.recent[rows] = both[:, -N_RECENT:]
         out: Floats = queries
         return out
-
-
-class _Laps:
-    """Wall-clock seconds between calls, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now

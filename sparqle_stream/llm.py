@@ -36,11 +36,12 @@ def rope_table(
     Halves are repeated and the sine's first half negated, so that rotating is
     `x * cos + swap_halves(x) * sin`.
     """
-    half = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
-    angles = torch.outer(torch.arange(n_positions, dtype=torch.float64), theta**-half)
-    cos, sin = angles.cos().float(), angles.sin().float()
-    table = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-    return table[0].to(device), table[1].to(device)
+    with torch.inference_mode(False):  # training may find the table that serving made
+        half = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
+        angles = torch.outer(torch.arange(n_positions, dtype=torch.float64), theta**-half)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        table = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        return table[0].to(device), table[1].to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
                                             ^ hear(ctc log-probs): writers, a row each
 
 The order of the stages, which `onnx_cpu.stages` follows; tests/onnx_cpu holds both equal. Contract:
-every stage is causal and gated by `active` (B,), so a row gives what it gives alone; state is written
-in place and the old one is dead after a step. Latency: the end of the chunk, plus
+every stage is causal and gated by `active` (B,), so a row gives what it gives alone; state is
+written in place and the old one is dead after a step. Latency: the end of the chunk, plus
 config.FRAME_LAG_SAMPLES.
 """
 

@@ -383,9 +383,9 @@ def test_a_translation_is_due_when_the_utterance_is_over():
 
 def pipeline_prefix(trainer, prompt):
     """What the engine puts before the audio of a stream with this prompt."""
-    from sparqle_stream import pipeline
+    from sparqle_stream import stages
 
-    return pipeline.prefix_ids(SimpleNamespace(tokenizer=trainer.bridge.tokenizer), prompt)
+    return stages.prefix_ids(trainer.bridge.tokenizer, prompt)
 
 
 def test_merged_queries_are_sums_in_the_place_of_the_last():

@@ -288,8 +288,12 @@ def step(
 ) -> tuple[LlmState, list[list[int]]]:
     """One chunk: queries (B, Q, E) of the active rows in, what their writers choose out."""
     state = append(llm, state, queries, active)
-    going = {slot: writers[slot] for slot in active.nonzero()[:, 0].tolist()}
-    written = write(_Slots(llm, state), {s: w for s, w in going.items() if w is not None})
+    going: dict[int, Writer] = {}
+    for slot in active.nonzero()[:, 0].tolist():
+        writer = writers[slot]
+        assert writer is not None, "an active row needs a writer"
+        going[slot] = writer
+    written = write(_Slots(llm, state), going)
     return state, [written.get(slot, []) for slot in range(queries.shape[0])]
 
 

@@ -63,7 +63,8 @@ def measure(
     found = Aligned()
     for pcm, text, take in recordings:
         segments = [begin for begin, _ in spoken(take.events)]
-        heard = list(posteriors(model, options, pcm, take.events))
+        late = model.cfg.encoder.ahead_frames(options.delay_ms) // FRAMES_PER_CTC
+        heard = [row[late:] for row in posteriors(model, options, pcm, take.events)]
         ends = word_ends(heard, segments, text, model.pieces)
         if ends is None:
             found.n_left_out += 1

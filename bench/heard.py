@@ -47,8 +47,11 @@ def posteriors(
     pcm: Floats,
     events: Sequence[messages.Event],
 ) -> Iterator[Floats]:
-    """pcm (S,) -> CTC log-probabilities (C, V) of every segment, padding included."""
-    hear = _Ear(model)
+    """pcm (S,) -> CTC log-probabilities (C, V) of every segment, padding included.
+
+    They come late by the look-ahead, as in the engine.
+    """
+    hear = _Ear(model, model.cfg.encoder.ahead_frames(options.delay_ms))
     for start, end in spoken(events):
         yield np.concatenate([hear(chunk) for chunk in _chunks(pcm[start:end], options)])
         hear.begin()
@@ -67,7 +70,8 @@ def spoken(events: Sequence[messages.Event]) -> list[tuple[int, int]]:
 class _Ear:
     """Stages of one row: chunks of PCM (S,) -> log-probs (C, V); nothing is written."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, ahead_frames: int) -> None:
+        self._ahead_frames = ahead_frames
         self._stages = model.make_stages(1)
         self._stages.wipe(0)
         self._model = model
@@ -85,7 +89,7 @@ class _Ear:
             return Greedy(n_most=0)
 
         with self._stages.working(0):
-            self._stages.step({0: pcm}, {0: 0}, hear)
+            self._stages.step({0: pcm}, {0: 0}, self._ahead_frames, hear)
         return heard[0]
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench import bounds, machine, manifests, settings
+from sparqle_stream.config import StreamOptions
 from sparqle_stream.stages import prefix_ids
 from sparqle_stream.writer import Greedy
 
@@ -57,11 +58,12 @@ class Variant:
     def chunk_seconds(self, pcm: Floats, chunk: int) -> list[dict[str, float]]:
         """Seconds by stage of each chunk of a recording; nothing is written."""
         stages, out = self.model.make_stages(1), []
+        ahead = self.model.cfg.encoder.ahead_frames(StreamOptions().delay_ms)
         with stages.working(0):
             stages.wipe(0)
             stages.begin({0: prefix_ids(self.model.tokenizer, "")})
             for at in range(0, len(pcm) - chunk, chunk):
-                result = stages.step({0: pcm[at : at + chunk]}, {0: 240}, _listen)
+                result = stages.step({0: pcm[at : at + chunk]}, {0: 0}, ahead, _listen)
                 out.append(dict(result.seconds))
         return out
 

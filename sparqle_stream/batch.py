@@ -1,6 +1,6 @@
 """Batch: one step of the model's stages for all sessions that have a chunk.
 
-In: sessions by row, each with a chunk of the same size. Out: tokens by row. Contract: rows without
+In: sessions by row, each with a chunk of the same shape. Out: tokens by row. Contract: rows without
 a chunk keep their state, so what a session gets does not depend on who else is in the batch.
 """
 
@@ -39,7 +39,10 @@ class Batch:
         self.stages.wipe(row)
 
     def run(self, sessions: Mapping[int, Session]) -> StepResult:
-        """One chunk of every session; `Session.take` must follow with its row's tokens."""
+        """One chunk of every session, all of one shape.
+
+        `Session.take` must follow with its row's tokens.
+        """
         turns = {row: session.next_turn() for row, session in sessions.items()}
         if begins := _prefixes(turns, Start.SEGMENT):
             self.stages.begin(begins)
@@ -51,7 +54,8 @@ class Batch:
 
         return self.stages.step(
             {row: turn.pcm for row, turn in turns.items()},
-            {row: session.options.delay_ms for row, session in sessions.items()},
+            {row: session.wait_ms for row, session in sessions.items()},
+            next(iter(sessions.values())).ahead_frames,
             hear,
         )
 

@@ -8,7 +8,7 @@ pays for what may be written: a stream in which CTC hears nothing gets no text, 
 the LLM is. Latency: none; a word leaves with the chunk that wrote it.
 
 Times inside are samples of the stream. CTC frame c covers samples 640 c - 320 .. 640 c + 320 after
-the first sample of its segment.
+the first sample of its segment, less the encoder's look-ahead.
 """
 
 from __future__ import annotations
@@ -145,13 +145,19 @@ class Captions:
     """Text state of one stream. Its size is bounded: what left is forgotten but for the context."""
 
     def __init__(
-        self, cfg: CaptionConfig, tokenizer: Decodes, pieces: HasPieces, delay_samples: int
+        self,
+        cfg: CaptionConfig,
+        tokenizer: Decodes,
+        pieces: HasPieces,
+        delay_samples: int,
+        ahead_samples: int = 0,
     ) -> None:
+        """`ahead_samples`: the part of the delay by which the encoder's frames come late."""
         self.cfg = cfg
         self.is_looping = False  # this segment's text was stopped
         self.heard = HeardPath(pieces)
         self._detokenizer = Detokenizer(tokenizer)
-        self._delay_samples = delay_samples
+        self._delay_samples, self._ahead_samples = delay_samples, ahead_samples
         self._origin = 0  # stream sample at which the segment's CTC frames begin
         self._open = ""  # text that may still grow
         self._context = ""  # end of the transcript
@@ -253,8 +259,8 @@ class Captions:
         return " ".join(self._context.split()[-n_words:]) if n_words else ""
 
     def is_quiet(self) -> bool:
-        """CTC has been blank for longer than the delay: no word is waiting to be written."""
-        quiet = self.heard.n_quiet_frames * CTC_SAMPLES
+        """CTC has been blank for longer than words wait: none is waiting to be written."""
+        quiet = self.heard.n_quiet_frames * CTC_SAMPLES + self._ahead_samples
         return not self._open.strip() and quiet >= self._delay_samples + 2 * CTC_SAMPLES
 
     def is_newly_mute(self, chunk_end: int, *, is_speech: bool) -> bool:
@@ -313,7 +319,7 @@ class Captions:
         return times
 
     def _sample(self, frame: int) -> int:
-        return self._origin + CTC_SAMPLES * frame - FRAME_SAMPLES
+        return self._origin + CTC_SAMPLES * frame - FRAME_SAMPLES - self._ahead_samples
 
     def _n_doubled(self, words: list[str]) -> int:
         """How many of the first words after a seam only repeat the context.

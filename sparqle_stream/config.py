@@ -42,7 +42,10 @@ class FeatureConfig:
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
-    """Chunk-causal Whisper encoder. `left_frames` is the K/V ring of every layer."""
+    """Chunk-causal Whisper encoder. `left_frames` is the K/V ring of every layer.
+
+    `max_ahead_frames`: as much of a stream's delay is spent on look-ahead (320 ms).
+    """
 
     n_mels: int = 80
     width: int = 512
@@ -50,10 +53,22 @@ class EncoderConfig:
     n_layers: int = 6
     n_positions: int = 1500
     left_frames: int = 256
+    max_ahead_frames: int = 16
 
     @property
     def head_width(self) -> int:
         return self.width // self.n_heads
+
+    @property
+    def mel_tail(self) -> int:
+        """Mel frames of the past that a step may need."""
+        return MEL_TAIL + 2 * self.max_ahead_frames
+
+    def ahead_frames(self, delay_ms: int) -> int:
+        """The look-ahead of a stream that may be as late as `delay_ms`: whole frames of CTC."""
+        ctc_samples = FRAMES_PER_CTC * FRAME_SAMPLES
+        n_ctc = delay_ms * SAMPLE_RATE_HZ // (1000 * ctc_samples)
+        return min(n_ctc * FRAMES_PER_CTC, self.max_ahead_frames)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,16 @@
 """Encoder: log-mel (B, 2 T, 80) -> frames (B, T, 512) at 50 Hz, chunk-causal.
 
-Contract: a frame sees all of its own chunk and the `left_frames` frames before the chunk, through
-K/V rings with absolute positions. Shape and weights are Whisper's (Radford et al., 2022); the stem
-sees two mel frames ahead, which appears as a constant lag of one frame, so that every step of
-2 T mel frames emits exactly T. Positions are Whisper's sinusoids, taken modulo their table: a
-stream outlives 30 s. Latency: the end of the chunk, plus config.FRAME_LAG_SAMPLES.
+Contract: a frame sees all of its own chunk, `ahead` frames after it, and the `left_frames` frames
+before it, through K/V rings with absolute positions. Shape and weights are Whisper's (Radford et
+al., 2022); the stem sees two mel frames ahead, which appears as a constant lag of one frame, so
+that every step of 2 T mel frames emits exactly T.
+
+Look-ahead is a lag too: frames come out `ahead` frames late, and a stream begins with as many of
+silence. What lies ahead is computed along with the chunk, is seen by it, and is forgotten: its keys
+are written when its own chunk comes (the right context of Emformer, Shi et al., 2021).
+
+Positions are Whisper's sinusoids, taken modulo their table: a stream outlives 30 s. Latency: the
+end of the chunk, plus config.FRAME_LAG_SAMPLES, plus the look-ahead.
 """
 
 from __future__ import annotations
@@ -82,26 +88,29 @@ class Encoder(nn.Module):
         return x + self.positions[index].to(x.dtype)
 
     def forward_train(
-        self, mel: Tensor, chunk_frames: int, left_frames: int, offset: Tensor
+        self, mel: Tensor, chunk_frames: int, left_frames: int, offset: Tensor, ahead: int = 0
     ) -> Tensor:
         """Whole utterances with the masks of streaming: what training calls.
 
         mel (B, 2 T, 80); chunk_frames 0 means full context; offset (B,) shifts the positions.
-        Returns (B, T, D), equal to `step` over chunks.
+        Returns (B, T, D), equal to `step` over chunks: frame p is of the audio `ahead` before p.
         """
-        mel = F.pad(mel, (0, 0, MEL_TAIL, 0), value=SILENT_MEL)
+        n_frames = mel.shape[1] // 2
+        mel = F.pad(mel, (0, 0, MEL_TAIL + 2 * ahead, 0), value=SILENT_MEL)
         x = self.stem(mel, offset)
-        mask = chunk_mask(x.shape[1], chunk_frames, left_frames, x.device)
+        frame, mask = windows(n_frames, chunk_frames, left_frames, ahead, x.device)
+        if ahead:
+            x = x[:, frame]
         for block in self.layers():
             q, k, v = block.qkv(x)
             x = block.merge(x, masked_attention(q, k, v, mask))
-        out: Tensor = self.ln_post(x)
+        out: Tensor = self.ln_post(x[:, :n_frames])
         return out
 
 
 @dataclass(slots=True)
 class EncoderState:
-    mel_tail: Tensor  # (B, 3, M) mel frames that the stem still needs
+    mel_tail: Tensor  # (B, 3 + 2 * max_ahead_frames, M) mel frames that are still needed
     k: Tensor  # (L, B, H, left, d)
     v: Tensor  # (L, B, H, left, d)
     ring_position: Tensor  # (B, left) absolute frame of each ring entry, -1: never written
@@ -117,7 +126,7 @@ def init_state(
 ) -> EncoderState:
     ring = (cfg.n_layers, batch, cfg.n_heads, cfg.left_frames, cfg.head_width)
     return EncoderState(
-        mel_tail=torch.full((batch, MEL_TAIL, cfg.n_mels), SILENT_MEL, device=device),
+        mel_tail=torch.full((batch, cfg.mel_tail, cfg.n_mels), SILENT_MEL, device=device),
         k=torch.zeros(ring, dtype=dtype, device=device),
         v=torch.zeros(ring, dtype=dtype, device=device),
         ring_position=torch.full((batch, cfg.left_frames), -1, device=device),
@@ -133,29 +142,34 @@ def reset_rows(state: EncoderState, mask: Tensor) -> None:
 
 
 def step(
-    encoder: Encoder, state: EncoderState, mel: Tensor, active: Tensor
+    encoder: Encoder, state: EncoderState, mel: Tensor, active: Tensor, ahead: int = 0
 ) -> tuple[EncoderState, Tensor]:
-    """mel (B, 2 T, 80) of one chunk, active (B,) -> frames (B, T, D); inactive rows get zeros."""
-    n_new = mel.shape[1] // 2
+    """mel (B, 2 T, 80) of one chunk, active (B,) -> frames (B, T, D); inactive rows get zeros.
+
+    `ahead` frames of look-ahead, at most `max_ahead_frames`, the same in all steps of a stream.
+    """
+    n_new, n_layers = mel.shape[1] // 2, encoder.cfg.n_layers
     out = mel.new_zeros(mel.shape[0], n_new, encoder.cfg.width)
     rows = active.nonzero()[:, 0]
     if len(rows) == 0 or n_new == 0:
         return state, out
     mel = torch.cat([state.mel_tail[rows], mel[rows]], dim=1)
-    x = encoder.stem(mel, state.position[rows])
+    x = encoder.stem(mel[:, -(MEL_TAIL + 2 * (ahead + n_new)) :], state.position[rows])
     new_position = state.position[rows, None] + torch.arange(n_new, device=mel.device)
     seen_position = state.ring_position[rows]
     for i, block in enumerate(encoder.layers()):
         q, k, v = block.qkv(x)
+        if i + 1 == n_layers:  # nobody asks for what lies ahead any more
+            x, q = x[:, :n_new], q[:, :, :n_new]
         mixed = chunk_attention(q, k, v, state.k[i, rows], state.v[i, rows], seen_position)
         x = block.merge(x, mixed)
-        _write_ring(state.k[i], rows, new_position, k)
-        _write_ring(state.v[i], rows, new_position, v)
+        _write_ring(state.k[i], rows, new_position, k[:, :, :n_new])
+        _write_ring(state.v[i], rows, new_position, v[:, :, :n_new])
     state.ring_position.index_put_(
         (rows[:, None], new_position[:, -encoder.cfg.left_frames :] % encoder.cfg.left_frames),
         new_position[:, -encoder.cfg.left_frames :],
     )
-    state.mel_tail[rows] = mel[:, -MEL_TAIL:]
+    state.mel_tail[rows] = mel[:, -encoder.cfg.mel_tail :]
     state.position[rows] += n_new
     out[rows] = encoder.ln_post(x).to(out.dtype)
     return state, out
@@ -184,16 +198,29 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
         return torch.bmm(scores.softmax(dim=-1), values).view(q.shape)
 
 
-def chunk_mask(
-    n_frames: int, chunk_frames: int, left_frames: int, device: torch.device
-) -> Tensor | None:
-    """(T, T) bool: may query frame i see key frame j. None for full context (chunk_frames 0)."""
-    if chunk_frames == 0:
-        return None
+def windows(
+    n_frames: int, chunk_frames: int, left_frames: int, ahead: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """What whole utterances have to hold so that every chunk has its own look-ahead.
+
+    Returns frame (N,): first the T frames, then for every chunk the `ahead` frames after it; and
+    mask (N, N): may the first see the second? None for full context: one chunk, or chunk_frames 0.
+    """
+    size = chunk_frames or max(1, n_frames)
     frame = torch.arange(n_frames, device=device)
-    start = frame // chunk_frames * chunk_frames
-    low, high = start - left_frames, start + chunk_frames
-    return (frame[None] >= low[:, None]) & (frame[None] < high[:, None])
+    start = torch.arange(0, n_frames, size, device=device)
+    end = (start + size).clamp(max=n_frames)
+    after = end[:, None] + torch.arange(ahead, device=device)
+    every = torch.cat([frame, after.flatten()])
+    if len(start) < 2:
+        return every, None
+    chunk = torch.cat(
+        [frame // size, torch.arange(len(start), device=device).repeat_interleave(ahead)]
+    )
+    low, high = (start - left_frames)[chunk], end[chunk]
+    may_see = (every[None] >= low[:, None]) & (every[None] < high[:, None])
+    may_see[:, n_frames:] = chunk[None, n_frames:] == chunk[:, None]
+    return every, may_see
 
 
 def sinusoids(length: int, width: int, max_timescale: float = 10_000.0) -> Tensor:

@@ -240,7 +240,7 @@ class Engine:
             return [(stream, stream.take_inbox()) for stream in self._streams.values()]
 
     def _tick(self, work: list[tuple[Stream, Inbox]]) -> None:
-        """Detectors of all streams, then at most one chunk of each, batched by size."""
+        """Detectors of all streams, then at most one chunk of each, batched by shape."""
         sessions: dict[Stream, Session] = {}
         for stream, items in work:
             if stream.failure is not None:
@@ -251,9 +251,8 @@ class Engine:
             except Exception as err:  # noqa: BLE001 - one stream's failure is its own
                 self._fail(stream, err)
         ready = [s for s in sessions if sessions[s].has_chunk and s.phase is not Phase.CLOSED]
-        for chunk_ms in sorted({s.options.chunk_ms for s in ready}):
-            same = {s: sessions[s] for s in ready if s.options.chunk_ms == chunk_ms}
-            self._step(same)
+        for shape in sorted({sessions[s].shape for s in ready}):
+            self._step({s: sessions[s] for s in ready if sessions[s].shape == shape})
         for stream, session in sessions.items():
             if stream.is_all_heard and not session.has_chunk:
                 self._finish(stream)
@@ -287,7 +286,7 @@ class Engine:
         return session
 
     def _step(self, sessions: dict[Stream, Session]) -> None:
-        """One batched step for streams that have a chunk of the same size."""
+        """One batched step for streams that have a chunk of the same shape."""
         start = time.perf_counter()
         try:
             result = self._batch.run({s.row: session for s, session in sessions.items()})

@@ -7,7 +7,7 @@
 The order of the stages, which `onnx_cpu.stages` follows; tests/onnx_cpu holds both equal. Contract:
 every stage is causal and gated by `active` (B,), so a row gives what it gives alone; state is
 written in place and the old one is dead after a step. Latency: the end of the chunk, plus
-config.FRAME_LAG_SAMPLES.
+config.FRAME_LAG_SAMPLES, plus the encoder's look-ahead.
 """
 
 from __future__ import annotations
@@ -64,22 +64,24 @@ def step(
     state: PipelineState,
     pcm: Tensor,
     active: Tensor,
-    delay_ms: Tensor,
+    wait_ms: Tensor,
     hear: Hear,
+    ahead_frames: int = 0,
 ) -> tuple[PipelineState, ChunkResult]:
-    """pcm (B, S), active (B,), delay_ms (B,) -> tokens per row. S is one chunk of every row.
+    """pcm (B, S), active (B,), wait_ms (B,) -> tokens per row. S is one chunk of every row.
 
-    `hear` is called between hearing and writing: text that CTC did not hear is not written.
+    wait_ms: delay beyond the look-ahead, which all active rows share. `hear` is called between
+    hearing and writing: text that CTC did not hear is not written.
     """
     lap = Laps()
     state.features, mel = features.step(model.cfg.features, state.features, pcm, active)
     lap("features")
-    state.encoder, frames = encoder.step(model.encoder, state.encoder, mel, active)
+    state.encoder, frames = encoder.step(model.encoder, state.encoder, mel, active, ahead_frames)
     lap("encoder")
     log_probs = _ctc(model, frames, active)
     lap("ctc")
     state.qformer, queries = qformer.step(
-        model.qformer, state.qformer, frames, log_probs, delay_ms, active
+        model.qformer, state.qformer, frames, log_probs, wait_ms, active
     )
     queries = queries.to(state.recent.dtype)
     _remember(state.recent, queries, active)

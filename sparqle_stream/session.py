@@ -85,17 +85,23 @@ class Session:
         self._cfg = model.cfg.captions
         self._n_context_words = n_context_words
         delay_samples = options.delay_ms * SAMPLE_RATE_HZ // 1000
+        self.ahead_frames = model.cfg.encoder.ahead_frames(options.delay_ms)
+        ahead_samples = self.ahead_frames * FRAME_SAMPLES
+        # What is left of the delay once the encoder has looked ahead.
+        self.wait_ms = options.delay_ms - ahead_samples * 1000 // SAMPLE_RATE_HZ
         self._detector = vad.load_detector(options.vad)
         self._vad = vad.init_state(self._detector)
         self._queue = SegmentQueue(options.chunk_samples, FLUSH_SAMPLES + delay_samples)
         self._hearing = self._nothing_heard()
-        self._captions = Captions(self._cfg, model.tokenizer, model.pieces, delay_samples)
+        self._captions = Captions(
+            self._cfg, model.tokenizer, model.pieces, delay_samples, ahead_samples
+        )
         self._chunk: Chunk | None = None  # being run
         self._slot = _Slot()
         # Rows that one more chunk may need; queries that a seam hears again.
         self._n_most = options.chunk_queries + self._captions.max_allowance(options.chunk_samples)
         again = self._cfg.seam_chunks_again * options.chunk_queries
-        self._n_again = min(-(-options.delay_ms // QUERY_MS) + again, stages.N_RECENT)
+        self._n_again = min(-(-self.wait_ms // QUERY_MS) + again, stages.N_RECENT)
         if model.cfg.llm.n_slot < 2 * (stages.PREFIX_TOKENS + self._n_again + self._n_most):
             raise ConfigError(
                 f"the LLM's slot of {model.cfg.llm.n_slot} rows is too short for these options",
@@ -129,6 +135,11 @@ class Session:
     @property
     def has_chunk(self) -> bool:
         return self._queue.has_chunk
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What chunks must have in common to be run together: length (ms) and look-ahead."""
+        return self.options.chunk_ms, self.ahead_frames
 
     @property
     def n_waiting(self) -> int:
@@ -174,7 +185,7 @@ class Session:
         assert self._chunk is not None
         self._hearing.beam.hear(log_probs)
         is_last = self._chunk.segment_end is not None
-        return Joint(self._hearing, n_most, self.options.delay_ms // CTC_MS, is_last)
+        return Joint(self._hearing, n_most, self.wait_ms // CTC_MS, is_last)
 
     def _nothing_heard(self) -> Hearing | None:
         """None: without a lexicon the LLM alone decides."""

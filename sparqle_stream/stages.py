@@ -65,9 +65,16 @@ class Stages(Protocol):
         ...
 
     def step(
-        self, pcm: Mapping[int, Floats], delay_ms: Mapping[int, int], hear: Hear
+        self,
+        pcm: Mapping[int, Floats],
+        wait_ms: Mapping[int, int],
+        ahead_frames: int,
+        hear: Hear,
     ) -> StepResult:
-        """One chunk (S,) of some rows, all of one size."""
+        """One chunk (S,) of some rows, all of one size and look-ahead.
+
+        wait_ms: what is left of each row's delay after the look-ahead.
+        """
         ...
 
     def state_bytes(self) -> int:

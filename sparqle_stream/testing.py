@@ -230,6 +230,7 @@ class _OracleSlot:
     """What a perfect LLM knows: letters since the segment began, its prefix, what it wrote."""
 
     codes: list[int] = field(default_factory=list)  # one per CTC frame
+    ahead: Floats = field(default_factory=lambda: np.zeros(0, np.float32))  # PCM of the look-ahead
     heard_from: int = 0  # frame at which the slot's first query begins
     context: list[str] = field(default_factory=list)
     n_written: int = 0  # words of the slot
@@ -262,33 +263,37 @@ class OracleBatch:
         tokens: dict[int, list[int]] = {}
         for row, session in sessions.items():
             turn = session.next_turn()
-            n_allowed = session.hear(self._hear(row, turn)).n_most
+            n_allowed = session.hear(self._hear(row, turn, session.ahead_frames)).n_most
             slot = self.slots[row]
-            slot.unsaid += self._write(slot, session.options.delay_ms)
+            slot.unsaid += self._write(slot, session.wait_ms)
             tokens[row], slot.unsaid = slot.unsaid[:n_allowed], slot.unsaid[n_allowed:]
         return StepResult(tokens)
 
-    def _hear(self, row: int, turn: Turn) -> Floats:
+    def _hear(self, row: int, turn: Turn, ahead_frames: int) -> Floats:
         """The chunk's letters go into the row's slot -> certain CTC log-probabilities (C, V)."""
         if turn.start is Start.SEGMENT:
-            self.slots[row] = _OracleSlot()
+            self.slots[row] = _OracleSlot(ahead=np.zeros(ahead_frames * FRAME_SAMPLES, np.float32))
         slot = self.slots[row]
         if turn.prefix is not None:
             text = self.model.tokenizer.decode(turn.prefix)
             n_again = turn.n_again * FRAMES_PER_QUERY // FRAMES_PER_CTC
             codes = slot.codes[-(n_again + LONGEST_WORD) :]  # an hour must not cost a square
-            self.slots[row] = slot = _OracleSlot(codes, len(codes) - n_again, text.split())
+            self.slots[row] = slot = _OracleSlot(
+                codes, slot.ahead, len(codes) - n_again, text.split()
+            )
             self.seam_prefixes += [text] if turn.start is Start.SEAM else []
-        middles = turn.pcm[LETTER_SAMPLES // 2 :: LETTER_SAMPLES]
+        pcm = np.concatenate([slot.ahead, turn.pcm])
+        pcm, slot.ahead = pcm[: len(turn.pcm)], pcm[len(turn.pcm) :]
+        middles = pcm[LETTER_SAMPLES // 2 :: LETTER_SAMPLES]
         codes = np.rint(middles * CODE_LEVELS).astype(int).tolist()
         slot.codes = slot.codes + codes
         log_probs = np.full((len(codes), len(PIECES) + 1), -30.0, np.float32)
         log_probs[range(len(codes)), codes] = 0.0
         return log_probs
 
-    def _write(self, slot: _OracleSlot, delay_ms: int) -> list[int]:
-        """Tokens of words that ended at least the delay ago and are not written yet."""
-        due = len(slot.codes) - delay_ms / CTC_MS
+    def _write(self, slot: _OracleSlot, wait_ms: int) -> list[int]:
+        """Tokens of words that ended at least so long ago and are not written yet."""
+        due = len(slot.codes) - wait_ms / CTC_MS
         words = [(word, end) for word, end in _words(slot.codes) if end > slot.heard_from]
         known = [word for word, _ in words]
         n_said = max(

@@ -54,14 +54,18 @@ class TorchStages:
         pipeline.seam_rows(self.model, self.state, self._by_row(prefixes), again)
 
     def step(
-        self, pcm: Mapping[int, Floats], delay_ms: Mapping[int, int], hear: Hear
+        self,
+        pcm: Mapping[int, Floats],
+        wait_ms: Mapping[int, int],
+        ahead_frames: int,
+        hear: Hear,
     ) -> StepResult:
         rows, device = list(pcm), self.model.device
         audio = torch.zeros(self.n_rows, len(pcm[rows[0]]))
-        delays = torch.zeros(self.n_rows, dtype=torch.int64)
+        waits = torch.zeros(self.n_rows, dtype=torch.int64)
         for row in rows:
             audio[row] = torch.from_numpy(pcm[row])
-            delays[row] = delay_ms[row]
+            waits[row] = wait_ms[row]
 
         def hear_all(log_probs: Tensor) -> list[Writer | None]:
             host = log_probs.cpu().numpy()
@@ -72,8 +76,9 @@ class TorchStages:
             self.state,
             audio.to(device),
             self._mask(rows),
-            delays.to(device),
+            waits.to(device),
             hear_all,
+            ahead_frames,
         )
         return StepResult({row: result.tokens[row] for row in rows}, result.seconds)
 

@@ -44,13 +44,13 @@ def mel_of(n_frames, seed=0, batch=1):
     return torch.randn(batch, 2 * n_frames, CFG.n_mels, generator=gen)
 
 
-def run(encoder, mel, chunks, state=None):
+def run(encoder, mel, chunks, state=None, ahead=0):
     """mel (1, 2 T, M) in chunks of so many frames -> frames (1, T', D) and the state."""
     state = state or stage.init_state(encoder.cfg, 1)
     at, parts = 0, []
     for n_frames in chunks:
         piece = mel[:, 2 * at : 2 * (at + n_frames)]
-        state, frames = stage.step(encoder, state, piece, ONE)
+        state, frames = stage.step(encoder, state, piece, ONE, ahead)
         parts.append(frames)
         at += n_frames
     return torch.cat(parts, dim=1), state
@@ -59,34 +59,60 @@ def run(encoder, mel, chunks, state=None):
 # --- training and serving ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 6, 16])
 @pytest.mark.parametrize("offset", [0, 17, 1499])
 @pytest.mark.parametrize(
     ("chunk", "left"),
     [(4, 12), (4, 8), (8, 12), (12, 12), (16, 12), (16, 4), (1, 3), (2, 5), (64, 12)],
 )
-def test_the_training_path_equals_steps(chunk, left, offset):
+def test_the_training_path_equals_steps(chunk, left, offset, ahead):
     """64 frames: rings and the table of 20 positions wrap several times, chunks exceed the ring."""
     cfg = EncoderConfig(8, 16, 2, 2, CFG.n_positions, left)
     encoder, mel = make_encoder(cfg), mel_of(64)
-    whole = encoder.forward_train(mel, chunk, left, torch.tensor([offset]))
+    whole = encoder.forward_train(mel, chunk, left, torch.tensor([offset]), ahead)
     state = stage.init_state(cfg, 1)
     state.position += offset
     chunks = [min(chunk, 64 - at) for at in range(0, 64, chunk)]
-    steps, _ = run(encoder, mel, chunks, state)
+    steps, _ = run(encoder, mel, chunks, state, ahead)
     torch.testing.assert_close(steps, whole, **TOLERANCE)
 
 
-def test_the_last_chunk_may_be_short(encoder):
+@pytest.mark.parametrize("ahead", [0, 5])
+def test_the_last_chunk_may_be_short(encoder, ahead):
     mel = mel_of(19)
-    whole = encoder.forward_train(mel, 8, CFG.left_frames, torch.tensor([0]))
-    torch.testing.assert_close(run(encoder, mel, [8, 8, 3])[0], whole, **TOLERANCE)
+    whole = encoder.forward_train(mel, 8, CFG.left_frames, torch.tensor([0]), ahead)
+    torch.testing.assert_close(run(encoder, mel, [8, 8, 3], ahead=ahead)[0], whole, **TOLERANCE)
 
 
-def test_full_context_equals_one_step(encoder):
+@pytest.mark.parametrize("ahead", [0, 5])
+def test_full_context_equals_one_step(encoder, ahead):
     """Chunk 0 means no mask in training; a file heard in one step is the same."""
     mel = mel_of(40)
-    whole = encoder.forward_train(mel, 0, 0, torch.tensor([0]))
-    torch.testing.assert_close(run(encoder, mel, [40])[0], whole, **TOLERANCE)
+    whole = encoder.forward_train(mel, 0, 0, torch.tensor([0]), ahead)
+    torch.testing.assert_close(run(encoder, mel, [40], ahead=ahead)[0], whole, **TOLERANCE)
+
+
+def test_look_ahead_is_a_lag_that_sees_more(encoder):
+    """Frame p is of the audio of p - 6; it knows 6 frames past its chunk, to the last of them."""
+    mel = mel_of(24)
+    frames = run(encoder, mel, [4] * 6, ahead=6)[0]
+    for first_changed, is_same in ((12, True), (11, False)):  # chunk 3 ends where frame 12 begins
+        changed = mel.clone()
+        changed[:, 2 * first_changed :] += 1.0
+        again = run(encoder, changed, [4] * 6, ahead=6)[0]
+        assert torch.equal(frames[:, :12], again[:, :12]) == is_same
+    silent = torch.full_like(mel[:, :12], SILENT_MEL)
+    late = torch.cat([silent, mel], dim=1)  # chunks of a stream without look-ahead, 6 frames late
+    whole = run(encoder, late, [30])[0][:, :24]
+    torch.testing.assert_close(run(encoder, mel, [24], ahead=6)[0], whole, **TOLERANCE)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_what_lay_ahead_is_not_kept(encoder):
+    """Rings hold the frames that came out and nothing of those that were only looked at."""
+    _, state = run(encoder, mel_of(12), [4] * 3, ahead=8)
+    assert sorted(state.ring_position[0].tolist()) == list(range(12))
+    assert state.position.item() == 12
 
 
 @settings(max_examples=25, deadline=None)
@@ -110,7 +136,7 @@ def test_both_ways_of_masked_attention_agree(n_frames):
     """Matrix products up to 1024 frames, the fused kernel from there on."""
     gen = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, n_frames, 4, generator=gen)
-    mask = stage.chunk_mask(n_frames, 4, 8, q.device)
+    _, mask = stage.windows(n_frames, 4, 8, 0, q.device)
     for seen in (mask, None):
         out = stage.masked_attention(q, k, v, seen)
         expected = F.scaled_dot_product_attention(

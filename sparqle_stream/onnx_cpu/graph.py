@@ -111,6 +111,10 @@ class Graph:
         at = (self.const([number]) for number in (start, end, axis))
         return str(self.add("Slice", x, *at))
 
+    def first(self, x: str, n: str, axis: int) -> str:
+        """x up to n (1,) of an axis."""
+        return str(self.add("Slice", x, self.const([0]), n, self.const([axis])))
+
     def concat(self, *parts: str, axis: int) -> str:
         return str(self.add("Concat", *parts, axis=axis))
 

@@ -91,16 +91,18 @@ def _slow_gain(g: Graph, cfg: FeatureConfig, loud: str, peak: str) -> tuple[str,
 
 
 def ear(cfg: EncoderConfig, encoder: Weights, ctc: Weights) -> Graph:
-    """mel (B, 3 + 2 T, M) of a chunk and the 3 frames before it -> frames, log_probs, new K and V.
+    """mel (B, 3 + 2 T + 2 ahead, M) -> frames (B, T, D), log_probs, new K and V of a chunk.
 
-    position (B): frames since the start; ring_position (B, L): -1 where nothing was written; k_i,
-    v_i (B, H, L, d): each layer's ring.
+    ahead (1): frames of look-ahead, which the chunk sees and which are forgotten; position (B):
+    frames since the start; ring_position (B, L): -1 where nothing was written; k_i, v_i
+    (B, H, L, d): each layer's ring.
     """
     g = Graph("ear")
     mel = g.input("mel", FLOAT, ["B", "M", cfg.n_mels])
     position = g.input("position", INT64, ["B"])
     ring_position = g.input("ring_position", INT64, ["B", cfg.left_frames])
     x = _stem(g, cfg, encoder, mel, position)
+    n_new = g.add("Sub", g.size(x, 1), g.input("ahead", INT64, [1]))
     unseen = g.unsqueeze(_mask(g, ring_position), 1, 2)  # (B, 1, 1, L)
     normed = g.add(
         "LayerNormalization", x, *_norm(g, encoder, "blocks.0.attn_ln"), epsilon=EPS, axis=-1
@@ -108,7 +110,7 @@ def ear(cfg: EncoderConfig, encoder: Weights, ctc: Weights) -> Graph:
     for i in range(cfg.n_layers):
         part = {k.removeprefix(f"blocks.{i}."): v for k, v in encoder.items()}
         after = "ln_post" if i + 1 == cfg.n_layers else f"blocks.{i + 1}.attn_ln"
-        x, normed = _block(g, cfg, part, i, (x, normed), unseen, _norm(g, encoder, after))
+        x, normed = _block(g, cfg, part, i, (x, normed), (unseen, n_new), _norm(g, encoder, after))
     g.output("frames", normed, ["B", "T", cfg.width])
     g.output("log_probs", _ctc(g, ctc, normed), ["B", "C", len(ctc["out.bias"])])
     return g
@@ -131,11 +133,14 @@ def _block(
     w: Weights,
     i: int,
     before: tuple[str, str],
-    unseen: str,
+    seen: tuple[str, str],
     after: tuple[str, str],
 ) -> tuple[str, str]:
-    """One block: (x, normed x) -> x after it, normed with `after` for what follows."""
-    x, normed = before
+    """One block: (x, normed x) -> x after it, normed with `after` for what follows.
+
+    seen: what to add to the scores of the ring, and the length of the chunk.
+    """
+    (x, normed), (unseen, n_new) = before, seen
     ring: Shape = ["B", cfg.n_heads, cfg.left_frames, cfg.head_width]
     past_k, past_v = g.input(f"k_{i}", FLOAT, ring), g.input(f"v_{i}", FLOAT, ring)
     scale = cfg.head_width**-0.5
@@ -145,8 +150,10 @@ def _block(
     parts = g.add("Split", g.linear(normed, qkv, bias), axis=-1, num_outputs=3, outputs=3)
     q, k, v = (g.heads(part, cfg.n_heads) for part in parts)
     new: Shape = ["B", cfg.n_heads, "T", cfg.head_width]
-    g.output(f"new_k_{i}", k, new)
-    g.output(f"new_v_{i}", v, new)
+    g.output(f"new_k_{i}", g.first(k, n_new, 2), new)
+    g.output(f"new_v_{i}", g.first(v, n_new, 2), new)
+    if i + 1 == cfg.n_layers:  # nobody asks for what lies ahead any more
+        x, q = g.first(x, n_new, 1), g.first(q, n_new, 2)
     # The ring is read where it lies: its scores are computed apart from those of the new frames.
     past = g.add("Add", g.scores(q, past_k), unseen)
     p = g.add("Softmax", g.concat(past, g.scores(q, k), axis=-1), axis=-1)

@@ -83,7 +83,8 @@ class OnnxStages:
         self.model = model
         self.tail = np.zeros((n_rows, LOOK_BACK_SAMPLES), np.float32)
         self.peak = np.full(n_rows, FIRST_PEAK, np.float32)
-        self.mel_tail = np.full((n_rows, MEL_TAIL, cfg.encoder.n_mels), SILENT_MEL, np.float32)
+        tail = (n_rows, cfg.encoder.mel_tail, cfg.encoder.n_mels)
+        self.mel_tail = np.full(tail, SILENT_MEL, np.float32)
         self.position = np.zeros(n_rows, np.int64)  # frames since the segment began
         layers = [f"{kind}_{i}" for i in range(cfg.encoder.n_layers) for kind in "kv"]
         enc, qf = cfg.encoder, cfg.qformer
@@ -144,15 +145,19 @@ class OnnxStages:
     # --- a chunk ---------------------------------------------------------------------------------
 
     def step(
-        self, pcm: Mapping[int, Floats], delay_ms: Mapping[int, int], hear: Hear
+        self,
+        pcm: Mapping[int, Floats],
+        wait_ms: Mapping[int, int],
+        ahead_frames: int,
+        hear: Hear,
     ) -> StepResult:
         lap, rows = Laps(), np.array(sorted(pcm), np.int64)
         mel = self._features(rows, np.stack([pcm[row] for row in rows.tolist()]))
         lap("features")
-        frames, log_probs = self._ear(rows, mel)
+        frames, log_probs = self._ear(rows, mel, ahead_frames)
         lap("encoder")
-        delays = np.array([delay_ms[row] for row in rows.tolist()], np.int64)
-        queries = self._qformer(rows, frames, log_probs, delays)
+        waits = np.array([wait_ms[row] for row in rows.tolist()], np.int64)
+        queries = self._qformer(rows, frames, log_probs, waits)
         lap("qformer")
         writers = {
             row: hear(row, heard) for row, heard in zip(rows.tolist(), log_probs, strict=True)
@@ -174,12 +179,14 @@ class OnnxStages:
         out: Floats = mel
         return out
 
-    def _ear(self, rows: Ints, mel: Floats) -> tuple[Floats, Floats]:
+    def _ear(self, rows: Ints, mel: Floats, ahead: int) -> tuple[Floats, Floats]:
         """mel (b, 2 T, M) -> frames (b, T, D), CTC log-probs (b, T / 2, V)."""
+        n_needed = MEL_TAIL + 2 * ahead + mel.shape[1]
         mel = np.concatenate([self.mel_tail[rows], mel], axis=1)
         position = self.position[rows]
         inputs = {
-            "mel": mel,
+            "mel": mel[:, -n_needed:],
+            "ahead": np.array([ahead], np.int64),
             "position": position,
             "ring_position": _rows(self.ear.position, rows),
             **self.ear.of(rows),
@@ -189,17 +196,17 @@ class OnnxStages:
         frames, log_probs, *new = self.model.session("ear").run(wanted, inputs)
         at = position[:, None] + np.arange(frames.shape[1])
         self.ear.put(rows, at, dict(zip(names, new, strict=True)))
-        self.mel_tail[rows] = mel[:, -MEL_TAIL:]
+        self.mel_tail[rows] = mel[:, -self.mel_tail.shape[1] :]
         return frames, log_probs
 
-    def _qformer(self, rows: Ints, frames: Floats, log_probs: Floats, delay_ms: Ints) -> Floats:
+    def _qformer(self, rows: Ints, frames: Floats, log_probs: Floats, wait_ms: Ints) -> Floats:
         """-> queries (b, Q, E); moves the rows' clocks on."""
         position = self.position[rows]
         inputs = {
             "frames": frames,
             "log_probs": log_probs,
             "before": self.posterior[rows],
-            "delay_ms": delay_ms,
+            "delay_ms": wait_ms,
         }
         names = [*self.queries.arrays, *self.frames.arrays]
         if names:

@@ -73,7 +73,8 @@ def test_the_text_is_aligned_with_what_the_engine_heard(monkeypatch, oracle):
     words = ["bold", "day"]
     pcm = testing.say(words, gap_ms=320)
     played = VirtualEngine(oracle, EngineConfig(n_slots=1, threads=1)).play(pcm, NO_VAD)
-    frames = ["", "_b", "o", "l", "d", *[""] * 8, "_d", "a", "y", *[""] * 8]
+    late = [""] * (oracle.cfg.encoder.ahead_frames(NO_VAD.delay_ms) // 2)
+    frames = [*late, "", "_b", "o", "l", "d", *[""] * 8, "_d", "a", "y", *[""] * 8]
     spelled = torch.from_numpy(heard(*frames))
     monkeypatch.setattr(aligned, "posteriors", lambda *_: iter([spelled]))
     found = aligned.measure(oracle, NO_VAD, [(pcm, "Bold day", played)])

@@ -11,6 +11,7 @@ from sparqle_stream.onnx_cpu.stages import PATIENCE
 from sparqle_stream.writer import Greedy
 
 S = 5120  # samples of a chunk
+AHEAD = 6  # frames
 TOLERANCE = 1e-3  # DESIGN: over a stream, in float32
 
 
@@ -29,7 +30,7 @@ class Listener:
         return Greedy(self.n_tokens)
 
 
-def play(model, rows, chunks, *, n_rows=3, n_tokens=3, sizes=S):
+def play(model, rows, chunks, *, n_rows=3, n_tokens=3, sizes=S, ahead=AHEAD):
     """Chunks of noise on some rows from a new segment on: tokens by row, log-probs by row."""
     made, listener = model.make_stages(n_rows), Listener(n_tokens)
     tokens = {row: [] for row in rows}
@@ -39,18 +40,19 @@ def play(model, rows, chunks, *, n_rows=3, n_tokens=3, sizes=S):
         made.begin({row: stages.prefix_ids(model.tokenizer, "before") for row in rows})
         for i in range(chunks):
             pcm = {row: noise(sizes, 100 * row + i) for row in rows}
-            result = made.step(pcm, dict.fromkeys(rows, 240), listener)
+            result = made.step(pcm, dict.fromkeys(rows, 240), ahead, listener)
             for row in rows:
                 tokens[row].append(result.tokens[row])
     return tokens, {row: np.concatenate(heard) for row, heard in listener.heard.items()}, made
 
 
+@pytest.mark.parametrize("ahead", [0, AHEAD])
 @pytest.mark.parametrize("sizes", [1280, S, 20480])
-def test_graphs_equal_torch_over_a_stream(graphs, torch_model, sizes):
+def test_graphs_equal_torch_over_a_stream(graphs, torch_model, sizes, ahead):
     """Longer than every ring, so that all of them wrap."""
     chunks = 8 * S // sizes * 3
-    expected, heard, torch_stages = play(torch_model, [0, 2], chunks, sizes=sizes)
-    got, heard_too, onnx_stages = play(graphs, [0, 2], chunks, sizes=sizes)
+    expected, heard, torch_stages = play(torch_model, [0, 2], chunks, sizes=sizes, ahead=ahead)
+    got, heard_too, onnx_stages = play(graphs, [0, 2], chunks, sizes=sizes, ahead=ahead)
     for row in (0, 2):
         np.testing.assert_allclose(heard_too[row], heard[row], atol=TOLERANCE)
         hidden = torch_stages.state.llm.hidden[row].numpy()
@@ -90,9 +92,9 @@ def test_a_row_is_alone(graphs):
         if not rows:
             continue
         pcm = {row: noise(S, i if row == 2 else 1000 + 10 * i + row) for row in rows}
-        result = shared.step(pcm, dict.fromkeys(rows, 240), crowd)
+        result = shared.step(pcm, dict.fromkeys(rows, 240), AHEAD, crowd)
         if is_heard:
-            expected = alone.step({0: noise(S, i)}, {0: 240}, single)
+            expected = alone.step({0: noise(S, i)}, {0: 240}, AHEAD, single)
             assert result.tokens[2] == expected.tokens[0]
             np.testing.assert_allclose(crowd.heard[2][-1], single.heard[0][-1], atol=1e-5)
     n = int(alone.slots.length[0])
@@ -109,7 +111,7 @@ def test_written_bytes_of_a_slot_never_change(graphs):
     before, n_before = {}, np.zeros(2, int)
     for i in range(10):
         rows = [0, 1] if i % 3 else [1]
-        made.step({row: noise(S, i + row) for row in rows}, dict.fromkeys(rows, 0), listener)
+        made.step({row: noise(S, i + row) for row in rows}, dict.fromkeys(rows, 0), AHEAD, listener)
         for name, kept in before.items():
             for row in (0, 1):
                 n = n_before[row]
@@ -122,7 +124,7 @@ def test_written_bytes_of_a_slot_never_change(graphs):
 def test_rows_without_a_chunk_keep_every_byte(graphs):
     _, _, made = play(graphs, [0, 1], 4)
     kept = [array[1].copy() for array in arrays(made)]
-    made.step({0: noise(S, 9)}, {0: 240}, Listener())
+    made.step({0: noise(S, 9)}, {0: 240}, AHEAD, Listener())
     for before, array in zip(kept, arrays(made), strict=True):
         assert np.array_equal(array[1], before)
 
@@ -139,7 +141,7 @@ def test_a_wiped_row_is_a_new_one(graphs):
     listeners = Listener(), Listener()
     for i in range(4):
         results = [
-            made.step({1: noise(S, i)}, {1: 240}, listener)
+            made.step({1: noise(S, i)}, {1: 240}, AHEAD, listener)
             for made, listener in zip((used, fresh), listeners, strict=True)
         ]
         assert results[0].tokens == results[1].tokens
@@ -153,7 +155,7 @@ def test_a_seam_renews_the_slot_and_hears_again(graphs, torch_model):
         tokens, _, made = play(model, [1], 8)
         with made.working(1):
             made.seam({1: stages.prefix_ids(model.tokenizer, "said")}, {1: 3})
-            result = made.step({1: noise(S, 77)}, {1: 240}, Listener(6))
+            result = made.step({1: noise(S, 77)}, {1: 240}, AHEAD, Listener(6))
         out.append((tokens, result.tokens))
     assert out[0] == out[1]
 
@@ -162,7 +164,7 @@ def test_the_state_does_not_grow(graphs):
     _, _, made = play(graphs, [0], 2)
     size = made.state_bytes()
     for i in range(40):
-        made.step({0: noise(S, i)}, {0: 240}, Listener(0))
+        made.step({0: noise(S, i)}, {0: 240}, AHEAD, Listener(0))
         assert made.slots.n_waiting(0) <= PATIENCE
         if made.slots.length[0] > 500:
             made.begin({0: [1]})

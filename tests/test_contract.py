@@ -131,7 +131,7 @@ def test_any_cut_leaves_the_same_state(tiny, pcm):
 
 
 @OPTIONS
-@pytest.mark.parametrize("at_s", [0.33, 1.7, 3.0, 4.44, 6.1])
+@pytest.mark.parametrize("at_s", [0.33, 1.7, 3.0, 4.44, 6.9])
 def test_the_future_does_not_reach_back(engine, pcm, expected, options, at_s):
     """Other samples after t: what was emitted up to t stays what it was, words, times and tails."""
     n = round(at_s * RATE)
@@ -143,7 +143,7 @@ def test_the_future_does_not_reach_back(engine, pcm, expected, options, at_s):
         return [e for e in events if isinstance(e, told) and e.time <= at_s]
 
     assert told_by(got) == told_by(expected[options])
-    assert [e for e in got if isinstance(e, messages.Final)] != finals(expected[options])
+    assert got != expected[options]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -175,8 +175,8 @@ def _recognition(parser: Parser, *, is_remote: bool = False) -> None:
         type=int,
         default=default(cfg.delay_ms),
         metavar="MS",
-        help="how long a word is held back so that more of its context is heard, 0 to 960 ms"
-        f" (default {rest})",
+        help="how much is heard past a word before it is written, 0 to 960 ms; the first 320 make"
+        f" the encoder look ahead, at a cost in computing (default {rest})",
     )
     add(
         "--vad",

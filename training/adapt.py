@@ -23,7 +23,7 @@ from sparqle_stream.encoder import Encoder
 from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.weights import load_into, read_safetensors
 from training.data import AugmentConfig, spec_augment
-from training.hearing import distil_loss, encoder_config, mel_of
+from training.hearing import distil_loss, encoder_config, mel_of, padded
 from training.loop import Run, main, part
 from training.place import HERE, Place, find_place
 from training.settings import read_config
@@ -56,6 +56,7 @@ class AdaptConfig:
     seed: int = 0
     chunks: tuple[int, ...] = (8, 16, 16, 16, 32, 64, 0)
     lefts: tuple[int, ...] = (128, 256, 256)
+    aheads: tuple[int, ...] = (0, 12)  # frames of look-ahead; 12 are the default delay
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -154,9 +155,9 @@ class Trainer(Run):
         mel = spec_augment(noisy, rng, SILENT_MEL) if rng.random() < cfg.augment.spec else noisy
         is_frozen = self.step < cfg.head_steps
         offset = torch.tensor([rng.randrange(1500) for _ in streams], device=place.device)
-        chunk, left = rng.choice(cfg.chunks), rng.choice(cfg.lefts)
+        chunk, left, ahead = (rng.choice(x) for x in (cfg.chunks, cfg.lefts, cfg.aheads))
         with place.autocast(), torch.set_grad_enabled(not is_frozen):
-            frames = self.encoder.forward_train(mel, chunk, left, offset)
+            frames = self.encoder.forward_train(padded(mel, ahead), chunk, left, offset, ahead)
         with place.autocast():
             log_probs = self.head(frames)
         texts = [" ".join(spoken(u.text) for u in s.utterances) for s in streams]
@@ -167,7 +168,8 @@ class Trainer(Run):
             with torch.no_grad():
                 clean = mel_of(streams, "clean", place.device)
                 target = self.teacher.forward_train(clean, 0, 0, torch.zeros_like(offset))
-            distil = distil_loss(frames.float(), target.float())
+            heard = frames[:, ahead : ahead + target.shape[1]]
+            distil = distil_loss(heard.float(), target.float())
             loss = ctc + cfg.distil * distil
         audio_s = sum(len(s.clean) for s in streams) / SAMPLE_RATE_HZ
         return loss, {"ctc": ctc.item(), "distil": distil.item(), "audio_s": audio_s}

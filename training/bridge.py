@@ -58,6 +58,7 @@ class JointConfig:
     bf16: bool | None = None  # None: where it is faster; a frozen LLM is kept in bf16 either way
     accumulate: int = 1  # shares of a batch, of `streams` or `text_rows` each
     chunks: tuple[int, ...] = (8, 16, 16, 16, 16, 32)
+    aheads: tuple[int, ...] = (12,)  # frames of look-ahead; 12 are the default delay
     p_default_delay: float = 0.5
     p_seam: float = 0.25  # rows that start in the middle of a segment, primed with its text
     p_empty: float = 0.06  # rows of noise without words

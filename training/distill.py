@@ -25,7 +25,7 @@ from sparqle_stream.encoder import Encoder
 from sparqle_stream.weights import load_into, read_safetensors
 from training.adapt import freeze
 from training.data import AugmentConfig, spec_augment
-from training.hearing import distil_loss, encoder_config, load_ear, mel_of
+from training.hearing import distil_loss, encoder_config, load_ear, mel_of, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
@@ -58,6 +58,7 @@ class DistillConfig:
     seed: int = 0
     chunks: tuple[int, ...] = (4, 8, 16, 16, 32, 64, 0)
     lefts: tuple[int, ...] = (64, 128, 256, 256)
+    aheads: tuple[int, ...] = (0, 12)  # frames of look-ahead
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -110,12 +111,13 @@ class Trainer(Run):
         mel = mel_of(streams, "noisy", place.device)
         mel = spec_augment(mel, rng, SILENT_MEL) if rng.random() < cfg.augment.spec else mel
         offset = torch.tensor([rng.randrange(1500) for _ in streams], device=place.device)
-        chunk, left = rng.choice(cfg.chunks), rng.choice(cfg.lefts)
+        chunk, left, ahead = (rng.choice(x) for x in (cfg.chunks, cfg.lefts, cfg.aheads))
         with place.autocast():
-            frames = self.student.forward_train(mel, chunk, left, offset)
+            frames = self.student.forward_train(padded(mel, ahead), chunk, left, offset, ahead)
         with torch.no_grad():
             clean = mel_of(streams, "clean", place.device)
             target = self.teacher.forward_train(clean, 0, 0, torch.zeros_like(offset)).float()
+        frames = frames[:, ahead : ahead + target.shape[1]]
         alike = distil_loss(frames.float(), target)
         loss, soft = alike, torch.zeros(())
         if self.head is not None and cfg.posterior:

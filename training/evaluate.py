@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from sparqle_stream.config import EncoderConfig
 from sparqle_stream.pieces import CtcPieces, greedy_path
 from training.corpus import Clip, Pack
 from training.errors import reported
@@ -44,14 +45,19 @@ def error_rates(references: list[str], hypotheses: list[str]) -> dict[str, float
 
 
 def greedy_texts(
-    weights: Path, pieces: CtcPieces, pack: Pack, clips: list[Clip], chunk_frames: int
+    weights: Path,
+    pieces: CtcPieces,
+    pack: Pack,
+    clips: list[Clip],
+    chunk_frames: int,
+    ahead: int = 0,
 ) -> list[str]:
-    """Greedy CTC text of every clip; chunk_frames 0 is full context."""
+    """Greedy CTC text of every clip; chunk_frames 0 is full context, `ahead` in frames."""
     encoder, head = load_ear(weights, pieces.size)
     if is_bf16_fast(torch.device("cpu")):
         encoder.bfloat16()
     recordings = [pack.pcm(clip) for clip in clips]
-    heard = posteriors(encoder, head, recordings, chunk_frames)
+    heard = posteriors(encoder, head, recordings, chunk_frames, ahead)
     texts = [""] * len(clips)
     for i, row in tqdm(heard, desc="ear", unit="clip", total=len(clips), disable=None):
         texts[i] = pieces.decode([piece for _, piece in greedy_path(row)])
@@ -61,7 +67,14 @@ def greedy_texts(
 def ear(args: argparse.Namespace) -> dict[str, float]:
     pack, pieces = Pack(args.pack), CtcPieces.load(args.pieces)
     clips = pack.clips[:: args.every]
-    texts = greedy_texts(args.weights, pieces, pack, clips, args.chunk_ms // 20)
+    texts = greedy_texts(
+        args.weights,
+        pieces,
+        pack,
+        clips,
+        args.chunk_ms // 20,
+        EncoderConfig().ahead_frames(args.delay_ms),
+    )
     for clip, text in list(zip(clips, texts, strict=True))[: args.show]:
         print(f"  {clip.text}\n> {text}")
     return error_rates([c.text for c in clips], texts)

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparqle_stream import features
-from sparqle_stream.config import CtcConfig, EncoderConfig, FeatureConfig
+from sparqle_stream.config import (
+    FRAMES_PER_CTC,
+    SILENT_MEL,
+    CtcConfig,
+    EncoderConfig,
+    FeatureConfig,
+)
 from sparqle_stream.ctc import CtcHead
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.errors import ModelError
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 LEFT_FRAMES = 256
 BATCH = 12  # recordings of like length that are heard together
 CTC_SAMPLES = 640  # one CTC frame, 40 ms
+PAD_FRAMES = 16  # four queries
 
 
 @torch.no_grad()
@@ -34,6 +41,15 @@ def mel_of(streams: list[Stream], which: str, device: torch.device) -> Tensor:
     state = features.init_state(FeatureConfig(), len(streams), device=device)
     pcm = stack(streams, which).to(device)
     return features.step(FeatureConfig(), state, pcm, everyone)[1]
+
+
+def padded(mel: Tensor, ahead: int) -> Tensor:
+    """mel (B, 2 T, M) with silence after it: frames that come `ahead` late come to the last one.
+
+    The silence is a whole number of groups of queries, however they are merged.
+    """
+    n_frames = -(-ahead // PAD_FRAMES) * PAD_FRAMES
+    return F.pad(mel, (0, 0, 0, 2 * n_frames), value=SILENT_MEL)
 
 
 def distil_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -63,19 +79,24 @@ def encoder_config(state: dict[str, Tensor], where: Path) -> EncoderConfig:
 
 @torch.no_grad()
 def posteriors(
-    encoder: Encoder, head: CtcHead, recordings: Sequence[Floats], chunk_frames: int
+    encoder: Encoder,
+    head: CtcHead,
+    recordings: Sequence[Floats],
+    chunk_frames: int,
+    ahead: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
     """PCM (S,) each -> (index, log-probabilities (T, V) at 25 Hz), like lengths together.
 
-    Only frames of the recording itself come out; chunk_frames 0 is full context.
+    Only frames of the recording itself come out; chunk_frames 0 is full context, `ahead` frames are
+    looked at after each chunk.
     """
     order = sorted(range(len(recordings)), key=lambda i: len(recordings[i]))
     device = next(encoder.parameters()).device
     for at in range(0, len(order), BATCH):
         batch = order[at : at + BATCH]
         streams = [Stream(recordings[i], recordings[i], []) for i in batch]
-        mel = mel_of(streams, "clean", device)
+        mel = padded(mel_of(streams, "clean", device), ahead)
         offset = torch.zeros(len(batch), dtype=torch.long, device=device)
-        frames = encoder.forward_train(mel, chunk_frames, LEFT_FRAMES, offset)
-        for i, row in zip(batch, head(frames).cpu(), strict=True):
+        frames = encoder.forward_train(mel, chunk_frames, LEFT_FRAMES, offset, ahead)
+        for i, row in zip(batch, head(frames).cpu()[:, ahead // FRAMES_PER_CTC :], strict=True):
             yield i, row[: -(-len(recordings[i]) // CTC_SAMPLES)]

@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparqle_stream.config import (
+    FRAME_SAMPLES,
     FRAMES_PER_CTC,
     FRAMES_PER_QUERY,
     QUERY_MS,
     SAMPLE_RATE_HZ,
     SILENT_MEL,
+    StreamOptions,
 )
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import BLANK
@@ -31,7 +33,7 @@ from training.align import BAD_ALIGNMENT, align_words
 from training.bridge import Bridge, JointConfig, load_config
 from training.corpus import Pack
 from training.data import Stream, n_fitting, spec_augment
-from training.hearing import mel_of
+from training.hearing import mel_of, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.prompts import draw_instruction
@@ -40,6 +42,7 @@ from training.simulate import simulate
 from training.sources import SHARE_SEED, Feed, make_sampler
 from training.text import is_spelled_out, written
 
+FRAME_MS = FRAME_SAMPLES * 1000 // SAMPLE_RATE_HZ
 LONG_WORD_MS = 600  # a word that ends this much after a seam may have begun before it
 
 
@@ -90,13 +93,13 @@ class Trainer(Run):
         return Stream(pcm, pcm * gain, [])
 
     @torch.no_grad()
-    def listen(self, streams: list[Stream], chunk: int) -> tuple[Tensor, Tensor]:
+    def listen(self, streams: list[Stream], chunk: int, ahead: int) -> tuple[Tensor, Tensor]:
         """Distorted audio through the frozen ear -> frames (B, T, W), log-probs (B, T / 2, V)."""
         mel = mel_of(streams, "noisy", self.place.device)
         if self.rng.random() < self.cfg.augment.spec:
             mel = spec_augment(mel, self.rng, SILENT_MEL)
         offset = torch.tensor([self.rng.randrange(1500) for _ in streams], device=mel.device)
-        frames = self.bridge.encoder.forward_train(mel, chunk, 256, offset)
+        frames = self.bridge.encoder.forward_train(padded(mel, ahead), chunk, 256, offset, ahead)
         return frames, self.bridge.ctc(frames)
 
     def place_words(self, stream: Stream, log_probs: Tensor) -> list[tuple[list[int], int]] | None:
@@ -120,13 +123,14 @@ class Trainer(Run):
         ]
         return self.rng.choice(can) if can and stream.utterances else TRANSCRIBE
 
-    def place_target(self, stream: Stream, task: str) -> list[tuple[list[int], int]]:
+    def place_target(self, stream: Stream, task: str, late_ms: int) -> list[tuple[list[int], int]]:
         """Token ids and end (ms) of the words of a target: all are due when an utterance is over.
 
         Translations change the order of words, and nobody answers in the middle of a question.
+        Frames come `late_ms` after their audio.
         """
         return [
-            (self._tokens(word), u.end * 1000 // SAMPLE_RATE_HZ)
+            (self._tokens(word), u.end * 1000 // SAMPLE_RATE_HZ + late_ms)
             for u in stream.utterances
             for word in u.targets[task].split()
         ]
@@ -178,18 +182,18 @@ class Trainer(Run):
         """Queries (B, Q, E) of distorted audio, and the rows that are to be written."""
         cfg, bridge = self.cfg, self.bridge
         streams = self.draw_streams()
-        chunk = self.rng.choice(cfg.chunks)
-        frames, log_probs = self.listen(streams, chunk)
+        chunk, ahead = self.rng.choice(cfg.chunks), self.rng.choice(cfg.aheads)
+        frames, log_probs = self.listen(streams, chunk, ahead)
         keep, rows, delays = [], [], []
         for i, stream in enumerate(streams):
             task = self.draw_task(stream)
             if task == TRANSCRIBE:
                 words = self.place_words(stream, log_probs[i])
             else:
-                words = self.place_target(stream, task)
+                words = self.place_target(stream, task, ahead * FRAME_MS)
             if words is None:
                 continue
-            delay = self.pick_delay()
+            delay = self.pick_wait(ahead)
             keep.append(i)
             delays.append(delay)
             n_queries = frames.shape[1] // FRAMES_PER_QUERY
@@ -223,7 +227,7 @@ class Trainer(Run):
         rows, delays = [], []
         for i, sketch in enumerate(sketches):
             posterior[i, : len(sketch.posterior)] = torch.from_numpy(sketch.posterior)
-            delay = self.pick_delay()
+            delay = self.pick_wait(self.rng.choice(self.cfg.aheads))
             delays.append(delay)
             words = [(self._tokens(word.text), word.end_ms) for word in sketch.words]
             rows.append(self.make_row(words, n_queries, chunk, delay))
@@ -246,9 +250,11 @@ class Trainer(Run):
             out += [text] if is_spelled_out(text) else []
         return out
 
-    def pick_delay(self) -> int:
-        default = self.rng.random() < self.cfg.p_default_delay
-        return 240 if default else QUERY_MS * self.rng.randrange(13)
+    def pick_wait(self, ahead: int) -> int:
+        """What is left of a delay (ms) after the look-ahead: the default's, or any."""
+        if self.rng.random() < self.cfg.p_default_delay:
+            return max(0, StreamOptions().delay_ms - ahead * FRAME_MS)
+        return QUERY_MS * self.rng.randrange(13)
 
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
         cfg = self.cfg

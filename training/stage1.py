@@ -24,7 +24,7 @@ from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.qformer import QFormer
 from training import losses
 from training.data import AugmentConfig, spec_augment
-from training.hearing import LEFT_FRAMES, load_ear, mel_of
+from training.hearing import LEFT_FRAMES, load_ear, mel_of, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
@@ -60,6 +60,7 @@ class Stage1Config:
     ema: float = 0.99
     seed: int = 0
     chunks: tuple[int, ...] = (8, 16, 16, 16, 32)
+    aheads: tuple[int, ...] = (12,)  # frames of look-ahead
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
@@ -226,7 +227,9 @@ class Trainer(Run):
             mel = mel_of(streams, "noisy", place.device)
             mel = spec_augment(mel, rng, SILENT_MEL) if rng.random() < cfg.augment.spec else mel
             offset = torch.tensor([rng.randrange(1500) for _ in streams], device=place.device)
-            frames = model.encoder.forward_train(mel, chunk, LEFT_FRAMES, offset)
+            ahead = rng.choice(cfg.aheads)
+            mel = padded(mel, ahead)
+            frames = model.encoder.forward_train(mel, chunk, LEFT_FRAMES, offset, ahead)
         generator = torch.Generator().manual_seed(rng.getrandbits(32))
         spelled = [model.pieces.encode(text) for text in texts]
         with place.autocast():

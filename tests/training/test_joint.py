@@ -368,7 +368,7 @@ def test_a_task_is_drawn_where_all_that_is_said_has_its_target():
 def test_a_translation_is_due_when_the_utterance_is_over():
     trainer = make_trainer(None, tasks=("translate to de",), p_seam=0.0)
     stream = question({"translate to de": "so ist"}, {"translate to de": "ja"})
-    words = trainer.place_target(stream, "translate to de")
+    words = trainer.place_target(stream, "translate to de", late_ms=0)
     encode = trainer.bridge.tokenizer.encode
     assert words == [(encode(" so"), 1000), (encode(" ist"), 1000), (encode(" ja"), 2000)]
     told = set()

@@ -62,17 +62,17 @@ def test_recordings_are_heard_as_if_alone(ear):
         torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=0)
 
 
-def test_look_ahead_moves_no_frame(ear):
-    """Posteriors are of the recording's own time, whatever was looked at: blocks of full chunks."""
-    pcm = np.random.default_rng(1).normal(0, 0.1, 64_000).astype(np.float32)
+@pytest.mark.parametrize("ahead", [0, 2, 12])
+def test_look_ahead_moves_no_frame(ear, ahead):
+    """What is heard of a click two seconds on is heard there, however late the frames come."""
+    pcm = np.random.default_rng(1).normal(0, 1e-4, 64_000).astype(np.float32)
+    pcm[32_000:32_640] += 0.5
     encoder, head = load_ear(ear, 5)
     encoder.positions.zero_()  # a random ear knows little else
-    ((_, whole),) = posteriors(encoder, head, [pcm], 0)
-    for ahead in (2, 12):
-        ((_, late),) = posteriors(encoder, head, [pcm], 200, ahead)
-        assert late.shape == whole.shape
-        nearest = torch.cdist(late[20:60], whole).argmin(dim=1)
-        assert (nearest - torch.arange(20, 60)).abs().float().median() == 0
+    ((_, heard),) = posteriors(encoder, head, [pcm], 200, ahead)
+    assert len(heard) == 100
+    strange = (heard - heard[20]).abs().sum(dim=1)[10:]  # after the start
+    assert abs(strange.argmax().item() + 10 - 50) <= 2
 
 
 def test_a_file_without_an_ear_is_told(tmp_path):

@@ -2,12 +2,16 @@
 
 In: folders with a manifest (bench.manifests says of what kinds); without any, the bundled clip.
 Every recording goes through the engine as a stream of its own; what is scored is what a client that
-appends every final has at the end, never anything provisional or revised. --long-form joins
-neighbouring recordings of a speaker first. --offline asks what the same weights do for whoever has
-the whole recording and time: the longest chunk and delay that the engine has.
+appends every final has at the end, never anything provisional or revised. --condition changes what
+the engine hears (bench.conditions), --long-form joins recordings first and runs them beside the
+same ones cut at utterances (bench.long_form). --offline asks what the same weights do for whoever
+has the whole recording and time: the longest chunk and delay that the engine has. --reference runs
+another recogniser on the same recordings (bench.references).
 Out: one JSON document. Per folder: WER with intervals, per speaker, last words, revisions, delays
-in stream time, and the WER of the greedy CTC path of the same encoder in the same segments. On
-folders of noise: false words a minute. Recordings without text in any folder count as noise.
+in stream time, and the WER of the greedy CTC path of the same encoder in the same segments; of a
+condition and of joined recordings also the ratio to the clean ones (`to_clean`) and to the same cut
+at utterances (`to_cut`). On folders of noise: false words a minute. Recordings without text in any
+folder count as noise.
 
 Contract: texts and delays do not depend on the machine's load, and in float32 not on --batch
 either; int8 and bf16 round differently with more rows, so that near ties may flip. RTF depends on
@@ -20,52 +24,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from bench import machine, manifests, plots, scoring, settings
+from bench import (
+    conditions,
+    long_form,
+    machine,
+    manifests,
+    plots,
+    ratios,
+    references,
+    scoring,
+    settings,
+)
+from bench.captioned import Captioned, caption, hear, warm_up
+from bench.captioned import timing as timing_of
 from bench.delays import Delays, algorithmic
 from sparqle_stream import messages
-from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from bench.manifests import Recording, RecordingSet
+    from bench.manifests import RecordingSet
     from bench.settings import Settings
-    from sparqle_stream.engine import Engine
     from sparqle_stream.models import Model
 
-T = TypeVar("T")
-
 FALSE_WORDS_SHOWN = 10
-
-
-@dataclass(slots=True)
-class Captioned:
-    """One recording after its stream has ended."""
-
-    recording: Recording
-    events: list[messages.Event]
-    heard: str = ""  # greedy CTC text
-
-    @property
-    def text(self) -> str:
-        return scoring.text_of(self.events)
-
-    @property
-    def done(self) -> messages.Done:
-        """A stream that failed has captioned nothing of its duration."""
-        last = self.events[-1]
-        return last if isinstance(last, messages.Done) else messages.Done(0.0, 0.0, 0.0)
-
-    @property
-    def has_failed(self) -> bool:
-        return not isinstance(self.events[-1], messages.Done)
 
 
 def measure(
@@ -75,6 +62,7 @@ def measure(
     *,
     with_ctc: bool = True,
     transcripts: Path | None = None,
+    reference: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The whole benchmark; `transcripts` gets a line per recording, for looking at dev sets."""
     from sparqle_stream.engine import Engine
@@ -82,77 +70,62 @@ def measure(
     scorer = scoring.Scorer()
     busy_before = machine.busy_share()
     under = machine.Conditions(busy_before)
+    sets = _with_cuts(sets)
     with closing(Engine(model, wanted.engine_config())) as engine:
-        _warm_up(engine, wanted, sets)
-        captioned = {s.name: _caption(engine, wanted, s) for s in sets}
-    timing = _timing([c for of_set in captioned.values() for c in of_set])
+        warm_up(engine, wanted, sets)
+        captioned = [caption(engine, wanted, s) for s in sets]
+    timing = timing_of([c for of_set in captioned for c in of_set])
     timing |= under.summary()
     if with_ctc:
-        _hear(model, wanted, [one for of_set in captioned.values() for one in of_set])
+        hear(model, wanted, [one for of_set in captioned for one in of_set])
     if transcripts is not None:
-        _write_transcripts(transcripts, captioned)
-    return {
+        _write_transcripts(transcripts, sets, captioned)
+    result = {
         "bench": "accuracy",
         "mode": wanted.mode,
         "settings": wanted.summary(),
+        "seeds": {"intervals": scoring.SEED},
         "machine": machine.card(model.weights_hash, wanted.threads),
         "timing": timing,
-        "sets": [_report(scorer, s, captioned[s.name], with_ctc) for s in sets],
+        "conditions": conditions.facts_of(sets),
+        "sets": _reports(scorer, sets, captioned, with_ctc),
     }
+    if reference:
+        rows = references.measure(reference, wanted, sets, scorer)
+        result["references"] = [*rows, *references.published()]
+    return result
 
 
-# --- captioning --------------------------------------------------------------------------------
-
-
-def _warm_up(engine: Engine, wanted: Settings, sets: Sequence[RecordingSet]) -> None:
-    """Two seconds that do not count: the first steps allocate and read weights from disk."""
-    pcm = sets[0].recordings[0].pcm()[: 2 * SAMPLE_RATE_HZ]
-    engine.transcribe(pcm, wanted.stream_options())
-
-
-def _caption(engine: Engine, wanted: Settings, recordings: RecordingSet) -> list[Captioned]:
-    """Every recording through the engine, as many at once as it has slots, in the given order."""
-    options = wanted.stream_options()
-
-    def one(recording: Recording) -> Captioned:
-        events = engine.transcribe(recording.pcm(), options)
-        return Captioned(recording, [e for e in events if not isinstance(e, messages.Tail)])
-
-    with ThreadPoolExecutor(wanted.n_streams) as pool:
-        results = pool.map(one, recordings.recordings)
-        return list(_with_bar(results, f"captions {recordings.name}", len(recordings.recordings)))
-
-
-def _hear(model: Model, wanted: Settings, captioned: Sequence[Captioned]) -> None:
-    """Fills in what the CTC head hears in the same segments."""
-    from bench.heard import greedy_text
-
-    options = wanted.stream_options()
-    wanted_ones = [one for one in captioned if one.recording.text and not one.has_failed]
-    for one in _with_bar(wanted_ones, "CTC", len(wanted_ones)):
-        pcm = one.recording.pcm()
-        one.heard = greedy_text(model, options, pcm, one.events)
-
-
-def _with_bar(items: Iterable[T], name: str, n: int) -> Iterable[T]:
-    """Progress on stderr: a bar for people, a line now and then for logs."""
-    from tqdm import tqdm
-
-    every_s = 0.2 if sys.stderr.isatty() else 60.0
-    return tqdm(items, desc=name, total=n, unit="file", file=sys.stderr, mininterval=every_s)
+def _with_cuts(sets: Sequence[RecordingSet]) -> list[RecordingSet]:
+    """Before recordings that were joined the same ones cut at utterances, once."""
+    found: list[RecordingSet] = []
+    for one in sets:
+        if one.cut is not None and one.cut not in found:
+            found.append(one.cut)
+        found.append(one)
+    return found
 
 
 # --- figures -----------------------------------------------------------------------------------
 
 
-def _timing(captioned: Sequence[Captioned]) -> dict[str, Any]:
-    audio_s = sum(c.done.duration for c in captioned)
-    compute_s = sum(c.done.compute_seconds for c in captioned)
-    return {
-        "audio_seconds": round(audio_s, 2),
-        "compute_seconds": round(compute_s, 2),
-        "rtf": round(compute_s / audio_s, 4) if audio_s else None,
-    }
+def _reports(
+    scorer: scoring.Scorer,
+    sets: Sequence[RecordingSet],
+    captioned: Sequence[Sequence[Captioned]],
+    with_ctc: bool,
+) -> list[dict[str, Any]]:
+    """Every set as JSON; then what one is to another."""
+    reports = [_report(scorer, *item, with_ctc) for item in zip(sets, captioned, strict=True)]
+    scored = []
+    for of_set, captions in zip(sets, captioned, strict=True):
+        speech = [c for c in captions if c.recording.text]
+        tallies = [scorer.score(c.recording.text, c.text) for c in speech]
+        scored.append(ratios.Scored(of_set, [c.recording for c in speech], tallies))
+    for report, one in zip(reports, scored, strict=True):
+        if one.speech:
+            report["speech"] |= ratios.all_of(one, scored)
+    return reports
 
 
 def _report(
@@ -163,6 +136,7 @@ def _report(
     noise = [c for c in captioned if not c.recording.text]
     report: dict[str, Any] = {
         "name": recordings.name,
+        "condition": recordings.condition,
         "corpora": recordings.corpora,
         "manifest_sha256": recordings.fingerprint,
         "recordings": len(captioned),
@@ -170,7 +144,9 @@ def _report(
         "failed": sum(c.has_failed for c in captioned),
         "revisions": sum(scoring.n_revisions(c.events) for c in captioned),
         "warnings": sum(isinstance(e, messages.Warning) for c in captioned for e in c.events),
-    } | _timing(captioned)
+    } | timing_of(captioned)
+    if recordings.joined_to_s is not None:
+        report["long_form"] = long_form.facts(recordings)
     if speech:
         report["speech"] = _speech(scorer, speech, with_ctc)
     if noise:
@@ -220,15 +196,18 @@ def _noise(captioned: Sequence[Captioned]) -> dict[str, Any]:
     }
 
 
-def _write_transcripts(path: Path, captioned: dict[str, list[Captioned]]) -> None:
+def _write_transcripts(
+    path: Path, sets: Sequence[RecordingSet], captioned: Sequence[Sequence[Captioned]]
+) -> None:
     with path.open("w") as file:
-        for name, of_set in captioned.items():
-            for one in of_set:
+        for of_set, captions in zip(sets, captioned, strict=True):
+            for one in captions:
                 words = [
                     asdict(w) for e in one.events if isinstance(e, messages.Final) for w in e.words
                 ]
                 entry = {
-                    "set": name,
+                    "set": of_set.name,
+                    "condition": of_set.condition,
                     "id": one.recording.id,
                     "reference": one.recording.text,
                     "text": one.text,
@@ -253,9 +232,31 @@ def parser() -> argparse.ArgumentParser:
     some.add_argument("--limit", type=int, metavar="N", help="the first n recordings")
     add("--batch", type=int, default=1, metavar="N", help="streams at once, for speed (1)")
     add("--offline", action="store_true", help="longest chunk and delay")
-    add("--long-form", type=float, metavar="S", help="join recordings to so many seconds")
+    add(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"{', '.join(conditions.NAMES)}; several, or a comma list, run after the clean one",
+    )
+    add("--noise-from", type=Path, metavar="FOLDER", help="noise of noise10 (pink, made here)")
+    add(
+        "--long-form",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="join recordings to so many seconds, of one speaker as far as they go, then across "
+        "speakers, which is harder; beside them, the same cut at utterances",
+    )
     add("--pause-s", type=float, default=0.5, metavar="S", help="where they are joined (0.5)")
     add("--without-ctc", action="store_true", help="leave out the greedy CTC text")
+    add(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"the same recordings through {', '.join(references.names())}; adds published figures",
+    )
     add("--transcripts", type=Path, metavar="FILE.jsonl", help="texts side by side; for dev sets")
     add("--force", action="store_true", help="on a busy machine: only RTF suffers, and it says so")
     plots.add_option(parser)
@@ -263,10 +264,24 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _joined(args: argparse.Namespace, recordings: RecordingSet) -> RecordingSet:
-    if args.long_form <= 0 or args.pause_s < 0:
-        raise ConfigError("nothing can be joined to that", hint="--long-form 300 --pause-s 0.5")
-    return manifests.joined(recordings, args.long_form, args.pause_s)
+def _sets(args: argparse.Namespace) -> list[RecordingSet]:
+    """Speech under each condition, joined if that is wanted, then noise. Errors before any work."""
+    names = conditions.parse(args.condition)
+    speech = [manifests.read(folder, args.every, args.limit) for folder in args.folders]
+    noise = [manifests.read(folder, args.every, args.limit) for folder in args.noise]
+    source = manifests.read(args.noise_from) if args.noise_from else None
+    silent = [*noise, *([source] if source else [])]  # nobody speaks in any of these
+    for recordings in silent:
+        manifests.require_noise(recordings)
+    manifests.require_files([*speech, *silent])
+    if not speech and not noise:
+        speech = [manifests.bundled()]
+    found: list[RecordingSet] = []
+    for condition in (conditions.make(name, source) for name in names):
+        for one in (conditions.under(recordings, condition) for recordings in speech):
+            lengths = args.long_form or ()
+            found += [long_form.joined(one, s, args.pause_s) for s in lengths] if lengths else [one]
+    return found + noise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -277,23 +292,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.offline:
             wanted = wanted.offline()
         wanted.stream_options()  # wrong options are said before a model is loaded
-        folders = [*args.folders, *args.noise]
-        sets = [manifests.read(folder, args.every, args.limit) for folder in folders]
-        for recordings in sets[len(args.folders) :]:
-            manifests.require_noise(recordings)
-        manifests.require_files(sets)
+        references.require(args.reference)
         plots.require(args.plot)
+        sets = _sets(args)
         if not args.force:
             machine.require_free(is_forced=False)
-        if args.long_form is not None:
-            n = len(args.folders)
-            sets = [_joined(args, one) for one in sets[:n]] + sets[n:]
         result = measure(
             wanted.load_model(),
             wanted,
-            sets or [manifests.bundled()],
+            sets,
             with_ctc=not args.without_ctc,
             transcripts=args.transcripts,
+            reference=args.reference,
         )
         plots.draw(result, args.plot)
         return result

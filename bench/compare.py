@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import machine, manifests, plots, scoring, settings
+from bench import machine, manifests, peers, plots, scoring, settings
 from bench.peers import OURS, PEERS, tokens_for
 from bench.settings import Settings
 from sparqle_stream.config import SAMPLE_RATE_HZ
@@ -214,8 +214,7 @@ def _chosen(wanted: Sequence[str] | None) -> list[str]:
     for name in wanted or ():
         if name not in _others():
             raise ConfigError(f"unknown peer {name!r}", hint=", ".join(_others()))
-        if what := PEERS[name].missing():
-            raise ConfigError(f"{name} needs {what}", hint="pip install -e .[peers]")
+        peers.require(name)
     names = [name for name in wanted or _others() if not PEERS[name].missing()]
     if not names:
         raise ConfigError("no other recogniser is installed", hint="pip install -e .[peers]")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,14 @@ class RecordingSet:
     recordings: tuple[Recording, ...]
     fingerprint: str
     n_all: int  # in the manifest; more than there are here when some were left out
+    condition: str = "clean"  # one of conditions.NAMES
+    joined_to_s: float | None = None  # what the recordings were joined to (bench.long_form)
+    cut: RecordingSet | None = None  # the utterances of recordings that were joined
+
+    @property
+    def label(self) -> str:
+        """Name, and condition where it is not the clean one."""
+        return self.name if self.condition == "clean" else f"{self.name}, {self.condition}"
 
     @property
     def corpora(self) -> list[str]:
@@ -50,43 +58,6 @@ def read(folder: Path, every: int = 1, limit: int | None = None) -> RecordingSet
     return RecordingSet(_name(folder), tuple(chosen), fingerprint, len(recordings))
 
 
-def joined(recordings: RecordingSet, seconds: float, pause_s: float) -> RecordingSet:
-    """Long recordings: neighbours of one speaker in a row until they are `seconds` long or more.
-
-    What is left of a speaker in the end is shorter; recordings without text stay out.
-    """
-    groups: list[list[Recording]] = []
-    length_s = 0.0
-    for one in (r for r in recordings.recordings if r.text):
-        if groups and length_s < seconds and groups[-1][-1].speaker == one.speaker:
-            groups[-1].append(one)
-            length_s += one.length_s() + pause_s
-        else:
-            groups.append([one])
-            length_s = one.length_s()
-    if not groups:
-        raise ConfigError(f"{recordings.name} has no texts", hint="long-form needs speech")
-    return replace(
-        recordings,
-        name=f"{recordings.name}, joined to {seconds:g} s",
-        recordings=tuple(_in_a_row(group, pause_s) for group in groups),
-        n_all=len(groups),
-    )
-
-
-def _in_a_row(group: Sequence[Recording], pause_s: float) -> Recording:
-    first = group[0]
-    return Recording(
-        id=f"{first.id}+{len(group) - 1}",
-        path=first.path,
-        text=" ".join(one.text for one in group),
-        speaker=first.speaker,
-        corpus=first.corpus,
-        parts=tuple(group),
-        pause_s=pause_s,
-    )
-
-
 def require_noise(recordings: RecordingSet) -> None:
     """Raises ConfigError for a set in which somebody speaks: his words would not be false."""
     for recording in recordings.recordings:
@@ -95,6 +66,13 @@ def require_noise(recordings: RecordingSet) -> None:
                 f"{recording.id} in {recordings.name} has text, so it is no noise",
                 hint="name the folder without --noise",
             )
+
+
+def require_speech(sets: Sequence[RecordingSet]) -> None:
+    """Raises ConfigError for a set in which nobody speaks."""
+    for recordings in sets:
+        if not any(recording.text for recording in recordings.recordings):
+            raise ConfigError(f"{recordings.name} has no texts", hint="name a folder of speech")
 
 
 def require_files(sets: Sequence[RecordingSet]) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +67,12 @@ class Peer:
             return f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
             return name
+
+
+def require(name: str) -> None:
+    """Raises ConfigError for a peer whose packages are not installed."""
+    if what := PEERS[name].missing():
+        raise ConfigError(f"{name} needs {what}", hint="pip install -e .[peers]")
 
 
 def tokens_for(text: str, n_samples: int) -> int:

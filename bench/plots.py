@@ -108,6 +108,36 @@ def _accuracy(figure: Figure, result: Json) -> None:
     axes.set(ylabel="WER, %", title=_title(result))
 
 
+def _tradeoff(figure: Figure, result: Json) -> None:
+    """WER over the median emission delay, one line a chunk size, one field a folder."""
+    names = [one["name"] for one in result["sets"]]
+    fields = figure.subplots(1, len(names), squeeze=False)[0]
+    figure.set_size_inches(SIZE_INCHES[0] * max(1.0, 0.6 * len(names)), SIZE_INCHES[1])
+    for i, (axes, name) in enumerate(zip(fields, names, strict=True)):
+        for chunk_ms in sorted({cell["chunk_ms"] for cell in result["cells"]}):
+            cells = [cell for cell in result["cells"] if cell["chunk_ms"] == chunk_ms]
+            delays = [c["sets"][i]["delays_stream_time"]["emission_ms"]["p50"] for c in cells]
+            points = [
+                (delay, c["sets"][i]["wer_percent"], c["delay_ms"])
+                for delay, c in zip(delays, cells, strict=True)
+                if delay is not None
+            ]
+            if points:
+                x, y, labels = zip(*points, strict=True)
+                axes.plot(x, y, marker="o", markersize=3, label=f"{chunk_ms} ms")
+                for point in zip(x, y, labels, strict=True):
+                    axes.annotate(
+                        f"{point[2]}",
+                        point[:2],
+                        xytext=(3, 3),
+                        textcoords="offset points",
+                        fontsize="xx-small",
+                    )
+        axes.set(xlabel="word end to emission, p50, ms of stream", ylabel="WER, %", title=name)
+        axes.legend(title="chunk", fontsize="small")
+    figure.suptitle(f"{_title(result)}; beside each point: delay, ms")
+
+
 def _compare(figure: Figure, result: Json) -> None:
     """Computing per second of audio, ours and theirs, every turn of it."""
     axes: Axes = figure.subplots()
@@ -130,4 +160,5 @@ _DRAW: dict[str, Callable[[Figure, Json], None]] = {
     "latency": _latency,
     "soak": _soak,
     "throughput": _throughput,
+    "tradeoff": _tradeoff,
 }

@@ -13,7 +13,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import report_kernels, report_load, report_passes
+from bench import (
+    report_conditions,
+    report_kernels,
+    report_load,
+    report_passes,
+    report_tradeoff,
+)
 from bench.tables import Machines, bound, conditions, number, settings, table
 from sparqle_stream.errors import ConfigError, SparqleError
 
@@ -104,7 +110,9 @@ def _accuracy(results: Sequence[tuple[str, Json]], machines: Machines) -> list[s
         ]
     parts += ["### Runs of accuracy", table(_RUN_HEAD, [_run_row(*r, machines) for r in results])]
     parts += [_speakers(name, s) for name, _, s in sets if len(_speakers_of(s)) > 1]
-    return parts
+    parts += report_conditions.conditions(results)
+    parts += report_conditions.long_form(results)
+    return parts + report_conditions.references(results)
 
 
 def _speech_row(name: str, result: Json, of_set: Json) -> list[str]:
@@ -144,9 +152,11 @@ def _noise_row(name: str, result: Json, of_set: Json) -> list[str]:
 
 
 def _source(of_set: Json, *more: str) -> str:
-    """The folder, and what the recordings are taken from: 'test/read (a corpus, 20 speakers)'."""
+    """The folder, its condition, what it is taken from: 'dev/x, quiet (a corpus, 2 speakers)'."""
     facts = [*of_set["corpora"], *more]
-    return f"{of_set['name']} ({', '.join(facts)})" if facts else str(of_set["name"])
+    condition = of_set.get("condition", "clean")
+    name = of_set["name"] + (f", {condition}" if condition != "clean" else "")
+    return f"{name} ({', '.join(facts)})" if facts else name
 
 
 def _files(of_set: Json) -> str:
@@ -177,8 +187,10 @@ def _run_row(name: str, result: Json, machines: Machines) -> list[str]:
 
 
 def _speakers_of(of_set: Json) -> Json:
+    """Of the clean recordings as they are: the others have the same speakers."""
     speakers: Json = of_set.get("speech", {}).get("speakers", {})
-    return speakers
+    is_plain = of_set.get("condition", "clean") == "clean" and "long_form" not in of_set
+    return speakers if is_plain else {}
 
 
 def _speakers(name: str, of_set: Json) -> str:
@@ -262,6 +274,7 @@ def _latency_table(result: Json) -> str:
 
 _SECTIONS: dict[str, Callable[[Sequence[tuple[str, Json]], Machines], list[str]]] = {
     "accuracy": _accuracy,
+    "tradeoff": report_tradeoff.tradeoff,
     "latency": _latency,
     "passes": report_passes.passes,
     "throughput": report_load.throughput,

@@ -19,6 +19,8 @@ from sparqle_stream.errors import MissingExtraError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    import numpy.typing as npt
+
 N_RESAMPLES = 2000
 CONFIDENCE = 0.95
 SEED = 20250101
@@ -115,6 +117,35 @@ def interval(groups: Sequence[Tally], n: int = N_RESAMPLES, seed: int = SEED) ->
         rates[i] = percent(float(errors[drawn].sum()), float(words[drawn].sum()))
     tail = 100 * (1 - CONFIDENCE) / 2
     return [round(float(edge), 2) for edge in np.percentile(rates, [tail, 100 - tail])]
+
+
+def ratio(
+    groups: Sequence[tuple[Tally, Tally]], n: int = N_RESAMPLES, seed: int = SEED
+) -> dict[str, Any]:
+    """(tally, tally of the same on other terms) of each group -> WER over the other's, as JSON.
+
+    The 95 % bootstrap interval draws both of a group together; None for fewer than two groups, and
+    where nothing was wrong to divide by.
+    """
+    errors = np.array([[one.errors, other.errors] for one, other in groups], float)
+    words = np.array([[one.words, other.words] for one, other in groups], float)
+
+    def of(drawn: npt.NDArray[np.int64]) -> float | None:
+        (ours, others), (n_ours, n_others) = errors[drawn].sum(0), words[drawn].sum(0)
+        return float(ours / n_ours / (others / n_others)) if n_ours and others else None
+
+    rng = np.random.default_rng(seed)
+    drawn = [of(rng.integers(0, len(groups), len(groups))) for _ in range(n)]
+    found = [one for one in drawn if one is not None]
+    tail = 100 * (1 - CONFIDENCE) / 2
+    edges = (
+        np.percentile(found, [tail, 100 - tail]) if len(found) == n and len(groups) > 1 else None
+    )
+    whole = of(np.arange(len(groups)))
+    return {
+        "ratio": None if whole is None else round(whole, 3),
+        "ratio_interval_95": None if edges is None else [round(float(e), 3) for e in edges],
+    }
 
 
 def by_speaker(tallies: Iterable[tuple[str, Tally]]) -> dict[str, Tally]:

@@ -137,8 +137,16 @@ def run_and_print(run: Callable[[], dict[str, Any]], output: Path | None) -> int
         if err.hint:
             print(f"hint: {err.hint}", file=sys.stderr)
         return EXIT_USER_ERROR
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write(result, output)
     print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0
+
+
+def write(result: dict[str, Any], output: Path | None) -> None:
+    """The result as a file, if one is wanted; one that is there stays whole until then."""
+    if output is None:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(output.name + ".part")
+    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    part.replace(output)

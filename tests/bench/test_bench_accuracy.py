@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from bench import accuracy, manifests, report
+from bench import accuracy, long_form, manifests, report
 from bench.settings import Settings
 from sparqle_stream import testing
 from sparqle_stream.engine import Engine
@@ -173,27 +173,42 @@ def test_offline_is_the_longest_chunk_and_delay(oracle, idle, speech):
     assert "offline" in page
 
 
-def test_long_form_is_scored_as_one_text(oracle, idle, speech):
-    """'good day' and 'to all' of bob in a row against 'Good night. to us all': 2 of 5 are wrong.
+def test_long_form_is_scored_as_one_text_beside_its_utterances(oracle, idle, speech):
+    """No speaker has a minute, so one recording goes across both.
 
-    Ann's first recording stands alone, bob's two are joined, then ann's last: the same 4 errors.
+    Ann's come first: 'good day to all all of it good day to all' against 'GOOD DAY TO ALL all Good
+    night. to us all' has the same 4 errors of 10 words.
     """
-    long = manifests.joined(manifests.read(speech), 60.0, 0.32)
+    long = long_form.joined(manifests.read(speech), 60.0, 0.32)
     result = accuracy.measure(oracle, QUICK, [long], with_ctc=False)
-    (of_set,) = result["sets"]
-    assert of_set["recordings"] == 3
+    cut, of_set = result["sets"]
+    assert (cut["recordings"], of_set["recordings"]) == (4, 1)
+    assert cut["name"] == "sets/speech"
     figures = of_set["speech"]
     counts = ("words", "substitutions", "deletions", "insertions", "utterances")
-    assert [figures[c] for c in counts] == [10, 1, 1, 2, 3]
+    assert [figures[c] for c in counts] == [10, 1, 1, 2, 1]
+    assert [cut["speech"][c] for c in counts] == [10, 1, 1, 2, 4]
     assert of_set["name"] == "sets/speech, joined to 60 s"
+    assert figures["to_cut"] == {"wer_percent": 40.0, "ratio": 1.0, "ratio_interval_95": None}
+    told = of_set["long_form"]
+    assert (told["joined_to_s"], told["pause_s"], told["shorter"]) == (60.0, 0.32, 1)
+    assert (told["of_one_speaker"], told["across_speakers"]) == (0, 1)
+    assert "long_form" not in cut
 
 
 def test_the_command_joins_speech_and_leaves_noise(idle, speech, noise, capsys):
+    """To two lengths: the utterances run once."""
     arguments = [str(speech), "--noise", str(noise), "--model", "random:tiny", "--vad", "off"]
-    more = ["--long-form", "60", "--pause-s", "0.16", "--offline", "--without-ctc"]
+    more = ["--long-form", "0.5", "60", "--pause-s", "0.16", "--offline", "--without-ctc"]
     assert accuracy.main([*arguments, *more]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [s["recordings"] for s in result["sets"]] == [3, 3]
+    names = [(s["name"], s["recordings"]) for s in result["sets"]]
+    assert names == [
+        ("sets/speech", 4),
+        ("sets/speech, joined to 0.5 s", 4),
+        ("sets/speech, joined to 60 s", 1),
+        ("sets/noise", 3),
+    ]
     assert result["mode"] == "offline"
 
 

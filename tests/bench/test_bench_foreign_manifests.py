@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bench_wav import write_wav
 
-from bench import manifests
+from bench import long_form, manifests
 from bench.manifests import Recording, RecordingSet
 from sparqle_stream.errors import ConfigError
 
@@ -138,28 +138,58 @@ def clip(tmp_path, name: str, speaker: str, n: int, text: str = "x") -> Recordin
 
 
 def test_neighbours_of_a_speaker_are_joined(tmp_path):
-    """0.1 s each, wanted 0.25 s with pauses of 0.05 s: two and a pause are just that. The third
-    begins anew, the next speaker again; what is no speech stays out.
+    """0.1 s each, wanted 0.25 s with pauses of 0.05 s: two and a pause are just that. What is left
+    of ann is too short and goes on with what cal has; what is no speech stays out.
     """
-    speakers = [("1", "ann"), ("2", "ann"), ("3", "ann"), ("4", "bob"), ("5", "bob")]
+    speakers = [("1", "ann"), ("2", "ann"), ("3", "ann"), ("4", "bob"), ("5", "bob"), ("7", "cal")]
     clips = [clip(tmp_path, name, speaker, 1600, f"t{name}") for name, speaker in speakers]
     noise = clip(tmp_path, "6", "bob", 1600, "")
-    long = manifests.joined(RecordingSet("sets/x", (*clips, noise), "f", 6), 0.25, 0.05)
-    assert [r.text for r in long.recordings] == ["t1 t2", "t3", "t4 t5"]
-    assert [r.speaker for r in long.recordings] == ["ann", "ann", "bob"]
-    assert [r.id for r in long.recordings] == ["1+1", "3+0", "4+1"]
+    long = long_form.joined(RecordingSet("sets/x", (*clips, noise), "f", 7), 0.25, 0.05)
+    assert [r.text for r in long.recordings] == ["t1 t2", "t4 t5", "t3 t7"]
+    assert [r.speaker for r in long.recordings] == ["ann", "bob", "ann+1"]
+    assert [r.id for r in long.recordings] == ["1+1", "4+1", "3+1"]
     assert long.n_all == 3
     assert long.name == "sets/x, joined to 0.25 s"
+    assert long.cut == RecordingSet("sets/x", tuple(clips), "f", 7)
     first = long.recordings[0]
     assert first.length_s() == pytest.approx(0.25)
     pcm = counts(first.pcm())
     assert pcm == [*range(1000, 2600), *[0] * 800, *range(2000, 3600)]
     manifests.require_files([long])
+    assert long_form.facts(long) == {
+        "joined_to_s": 0.25,
+        "pause_s": 0.05,
+        "recordings": 3,
+        "of_one_speaker": 2,
+        "across_speakers": 1,
+        "shorter": 0,
+        "shortest_s": 0.2,
+        "longest_s": 0.2,
+    }
+
+
+def test_speakers_with_too_little_are_joined_with_others_and_the_end_is_short(tmp_path):
+    """Nobody has 0.3 s: 1 to 3 are, 4 stands alone. Who speaks in 4 and 5 is not known."""
+    speakers = [("1", "ann"), ("2", "bob"), ("3", "cal"), ("4", ""), ("5", "")]
+    clips = [clip(tmp_path, name, speaker, 1600, f"t{name}") for name, speaker in speakers]
+    long = long_form.joined(RecordingSet("sets/x", tuple(clips), "f", 5), 0.3, 0.0)
+    assert [r.text for r in long.recordings] == ["t1 t2 t3", "t4 t5"]
+    assert [r.speaker for r in long.recordings] == ["ann+2", ""]
+    told = long_form.facts(long)
+    counts = ("of_one_speaker", "across_speakers", "shorter")
+    assert [told[c] for c in counts] == [0, 2, 1]
+
+
+@pytest.mark.parametrize(("seconds", "pause_s"), [(0.0, 0.5), (-1.0, 0.5), (9.0, -0.1)])
+def test_lengths_that_make_no_sense(tmp_path, seconds, pause_s):
+    one = RecordingSet("n", (clip(tmp_path, "1", "", 160),), "f", 1)
+    with pytest.raises(ConfigError, match="nothing can be joined"):
+        long_form.joined(one, seconds, pause_s)
 
 
 def test_a_missing_part_is_named(tmp_path):
     clips = [clip(tmp_path, name, "ann", 1600) for name in "12"]
-    long = manifests.joined(RecordingSet("sets/x", tuple(clips), "f", 2), 10.0, 0.0)
+    long = long_form.joined(RecordingSet("sets/x", tuple(clips), "f", 2), 10.0, 0.0)
     clips[1].path.unlink()
     with pytest.raises(ConfigError, match=r"2\.wav"):
         manifests.require_files([long])
@@ -167,4 +197,4 @@ def test_a_missing_part_is_named(tmp_path):
 
 def test_noise_alone_cannot_be_joined(tmp_path):
     with pytest.raises(ConfigError, match="no texts"):
-        manifests.joined(RecordingSet("n", (clip(tmp_path, "1", "", 160, ""),), "f", 1), 9.0, 0.0)
+        long_form.joined(RecordingSet("n", (clip(tmp_path, "1", "", 160, ""),), "f", 1), 9.0, 0.0)

@@ -1,0 +1,113 @@
+"""Label recordings that nobody has transcribed: noisy-student training (Park et al., 2020).
+
+An ear and a lexicon read each recording with all the sight that they can have: far look-ahead, and
+a word beam that decides at the end. What they are sure of becomes a transcript for training.adapt,
+which then hears the same audio in noise, rooms and short chunks. Sure means: a high mean
+log-probability of the text's pieces under the ear, along the best alignment. A share of the labels
+is wrong all the same: give such a pack less weight than what people wrote.
+
+`python -m training.label OUT SOURCE... --ear EAR --pieces PIECES --words WORDS` makes a pack.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from sparqle_stream.config import BeamConfig
+from sparqle_stream.lexicon import Lexicon
+from sparqle_stream.pieces import CtcPieces
+from sparqle_stream.word_beam import WordBeam
+from training import manifests
+from training.align import viterbi
+from training.corpus import PackWriter, decode_all
+from training.errors import reported
+from training.hearing import load_ear, posteriors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from training.manifests import Recording
+
+    Floats = NDArray[np.float32]
+    Label = tuple[Recording, NDArray[np.int16], str, float]
+
+CHUNK_FRAMES, AHEAD_FRAMES = 64, 16  # 1.28 s at a time, 320 ms ahead: near full context, any length
+HEARD_AT_ONCE = 96
+LEAST_SCORE = -1.1  # of dev/varied's better half, where one word in five is wrong
+
+
+def read(log_probs: Floats, lexicon: Lexicon) -> str:
+    """log_probs (T, V) of a whole recording -> the word beam's best reading."""
+    beam, words = WordBeam(lexicon, BeamConfig()), []
+    beam.hear(log_probs)
+    while True:
+        found, _, nothing = beam.candidates()
+        if not found or nothing > found[0].score:
+            return " ".join(words)
+        words.append(found[0].word.text)
+        beam.commit(words[-1])
+
+
+def sureness(log_probs: Floats, text: str, pieces: CtcPieces) -> float:
+    """Log-probability of the text's best alignment with (T, V), a piece; -inf for no text."""
+    spelling = [piece for word in text.split() for piece in pieces.encode(word)]
+    if not spelling:
+        return -np.inf
+    return viterbi(log_probs, spelling)[1] * len(log_probs) / len(spelling)
+
+
+def label(
+    recordings: Sequence[Recording], ear: Path, pieces: CtcPieces, lexicon: Lexicon
+) -> Iterator[Label]:
+    """Every recording with its PCM (S,) int16, what was read, and how sure that is."""
+    encoder, head = load_ear(ear, pieces.size)
+    for at in range(0, len(recordings), HEARD_AT_ONCE):
+        part = list(decode_all(recordings[at : at + HEARD_AT_ONCE]))
+        pcm = [samples.astype(np.float32) / np.float32(32768) for _, samples in part]
+        for i, heard in posteriors(encoder, head, pcm, CHUNK_FRAMES, AHEAD_FRAMES):
+            text = read(heard.numpy(), lexicon)
+            yield *part[i], text, sureness(heard.numpy(), text, pieces)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.label", description=__doc__)
+    parser.add_argument("out", type=Path, help="the pack")
+    parser.add_argument("sources", type=Path, nargs="+", help="folders or files with a manifest")
+    parser.add_argument("--ear", type=Path, required=True, help="weights of training.adapt")
+    parser.add_argument("--pieces", type=Path, required=True)
+    parser.add_argument("--words", type=Path, required=True, help="lexicon of training.words")
+    parser.add_argument(
+        "--least", type=float, default=LEAST_SCORE, help="sureness of a label (default %(default)s)"
+    )
+    args = parser.parse_args()
+    n, seconds = 0, 0.0
+    with reported():
+        pieces = CtcPieces.load(args.pieces)
+        lexicon = Lexicon.load(args.words, pieces)
+        todo = [one for source in args.sources for one in manifests.read(source)[1]]
+        writer = PackWriter(args.out)
+        found = label(todo, args.ear, pieces, lexicon)
+        for one, pcm, text, score in tqdm(found, "label", len(todo), unit="clip", disable=None):
+            if score >= args.least:
+                writer.add(
+                    pcm,
+                    id=one.id,
+                    text=text,
+                    speaker=one.speaker,
+                    corpus=one.corpus,
+                    licence=one.licence,
+                )
+                n, seconds = n + 1, seconds + len(pcm) / 16_000
+        writer.close()
+    print(f"{n} of {len(todo)} recordings, {seconds / 3600:.2f} h -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,8 @@ LEAST_SCORE = -1.1  # of dev/varied's better half, where one word in five is wro
 
 def read(log_probs: Floats, lexicon: Lexicon) -> str:
     """log_probs (T, V) of a whole recording -> the word beam's best reading."""
-    beam, words = WordBeam(lexicon, BeamConfig()), []
+    words: list[str] = []
+    beam = WordBeam(lexicon, BeamConfig())
     beam.hear(log_probs)
     while True:
         found, _, nothing = beam.candidates()

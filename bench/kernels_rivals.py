@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparqle_kernels.add_layer_norm.reference import add_layer_norm
-from sparqle_kernels.chunk_attention.reference import chunk_attention
+from sparqle_kernels.chunk_attention.reference import Ring, chunk_attention
 from sparqle_kernels.decode_attention import reference as decode
 from sparqle_kernels.frame_attention.reference import frame_attention
 from sparqle_kernels.log_mel.reference import log_mel
@@ -38,9 +38,8 @@ def _unseen(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
-def eager_chunk(
-    q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, position: Tensor
-) -> list[Tensor]:
+def eager_chunk(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> list[Tensor]:
+    ring_k, ring_v, position = (x[ring.rows] for x in ring[:3])
     written = position >= 0
     seen = torch.cat([written, written.new_ones(len(q), k.shape[2])], dim=1)
     keys, values = torch.cat([ring_k, k], dim=2), torch.cat([ring_v, v], dim=2)

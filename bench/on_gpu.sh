@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, unattended and in under nine minutes: tests of the kernels, their
-# times, the engine end to end. Needs torch 2.11 or newer with CUDA, Triton 3.6 or newer, pytest.
+# Everything that needs a GPU, unattended and in under nine minutes: tests of the kernels and of the
+# captured steps, times of both, the engine end to end. Needs torch 2.11 or newer with CUDA, Triton 3.6 or newer, pytest.
 #
 #   bench/on_gpu.sh [FOLDER]      results into FOLDER (default bench/results/gpu); each part has a
 #                                 time limit, and what a part wrote before it stays
-#   PYTHON=... MODEL=... STREAMS="256 2048 16 1" bench/on_gpu.sh
+#   PYTHON=... MODEL=... STREAMS="256 2048 16 1" SHAPE=default bench/on_gpu.sh
+#
+# steps.json has whole steps with and without CUDA graphs, for 1, 16, 256 and 2048 streams: random
+# weights of the default SHAPE. MODEL is what the engine runs: random:tiny, or a model's folder.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=${1:-bench/results/gpu}
 python=${PYTHON:-python3}
 model=${MODEL:-random:tiny}
+shape=${SHAPE:-default}
 read -r -a streams <<<"${STREAMS:-256 2048 16 1 8 32}"
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -47,11 +51,13 @@ part() { # NAME LIMIT_S COMMAND...: its stdout into NAME.json, its stderr into N
 }
 
 # pytest's lines are no JSON; its summary is what counts
-timeout 150 "$python" -m pytest -q -m gpu tests/kernels >"$out/tests.log" 2>&1 || status=1
+timeout 130 "$python" -m pytest -q -m gpu tests/kernels tests/test_cuda_graphs.py \
+  >"$out/tests.log" 2>&1 || status=1
 tail -n 1 "$out/tests.log" >&2
-part kernels 270 "$python" -m bench.kernels --limit-s 220 --streams "${streams[@]}"
-part latency 60 "$python" -m bench.latency --virtual --compute cuda --model "$model" --force
-part throughput 55 "$python" -m bench.throughput --compute cuda --model "$model" --most 64 \
+part steps 120 "$python" -m bench.steps --model "$shape" --limit-s 80 --seconds 5
+part kernels 180 "$python" -m bench.kernels --limit-s 140 --streams "${streams[@]}"
+part latency 50 "$python" -m bench.latency --virtual --compute cuda --model "$model" --force
+part throughput 50 "$python" -m bench.throughput --compute cuda --model "$model" --most 64 \
   --seconds 5 --force
-tail -qn 1 "$out"/{kernels,latency,throughput}.json
+tail -qn 1 "$out"/{steps,kernels,latency,throughput}.json
 exit "$status"

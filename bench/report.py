@@ -281,6 +281,7 @@ _SECTIONS: dict[str, Callable[[Sequence[tuple[str, Json]], Machines], list[str]]
     "soak": report_load.soak,
     "compare": report_load.compare,
     "kernels": report_kernels.kernels,
+    "steps": report_kernels.steps,
 }
 
 

@@ -1,4 +1,4 @@
-"""Section of the report for kernels: results of bench.kernels -> Markdown."""
+"""Sections of the report for a GPU: results of bench.kernels and bench.steps -> Markdown."""
 
 from __future__ import annotations
 
@@ -26,6 +26,40 @@ def kernels(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str
         parts += [f"### `{name}`", _facts(result)]
         if result.get("rows"):
             parts.append(_rows(result["rows"]))
+    return parts
+
+
+STEP_NOTES = """A whole step of all stages, every stream with a chunk in it: random weights, one or
+two tokens a chunk, neither detector nor word beam. *Graphs*: steps replayed as CUDA graphs, or
+kernel by kernel. *Waits*: how often the host waits for the device in a step that is replayed."""
+
+
+def steps(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]:
+    del machines
+    parts = ["## Steps", STEP_NOTES]
+    for name, result in results:
+        asked = result["settings"]
+        fake = ", **with a fake graph**" if result["is_fake"] else ""
+        parts += [
+            f"### `{name}`",
+            f"{result['device']}{fake}; model {asked['model']} in {asked['dtype']}, chunks of"
+            f" {asked['chunk_ms']} ms",
+            table(
+                "streams | graphs | p50, ms | p95, ms | real time | waits | state, MB",
+                [
+                    [
+                        str(row["streams"]),
+                        "yes" if row["graphs"] else "no",
+                        number(row["p50_ms"], 1),
+                        number(row["p95_ms"], 1),
+                        "yes" if row["is_real_time"] else "no",
+                        number(row["waits_of_a_step"], 2) if row["graphs"] else "-",
+                        number(row["state_mb"], 0),
+                    ]
+                    for row in result["rows"]
+                ],
+            ),
+        ]
     return parts
 
 

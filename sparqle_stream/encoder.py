@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparqle_kernels.chunk_attention import chunk_attention
+from sparqle_kernels.add_layer_norm import add_layer_norm
+from sparqle_kernels.chunk_attention import Ring, chunk_attention
 from sparqle_stream.config import MEL_TAIL, SILENT_MEL
+from sparqle_stream.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,18 +50,36 @@ class Block(nn.Module):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> q, k, v (B, H, T, d)."""
-        x = self.attn_ln(x)
-        return self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.value(x))
+        return self.project(self.attn_ln(x))
+
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """normed by `attn_ln` (B, T, D) -> q, k, v (B, H, T, d)."""
+        q, k, v = self.query(normed), self.key(normed), self.value(normed)
+        return self._heads(q), self._heads(k), self._heads(v)
 
     def merge(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Adds attention output (B, H, T, d) and the feed-forward layer to x (B, T, D)."""
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.mlp_ln(x))))
-        return out
+        x, y = self._sub_layers(x, mixed)
+        return x + y
+
+    def merge_and_norm(
+        self, x: Tensor, mixed: Tensor, after: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
+        """As `merge`, and what the norm `after` makes of it: one pass over memory for both."""
+        return _add_norm(*self._sub_layers(x, mixed), after)
+
+    def _sub_layers(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """x with the attention added, and what the feed-forward layer adds."""
+        x, normed = _add_norm(x, self.out(mixed.transpose(1, 2).flatten(2)), self.mlp_ln)
+        return x, self.fc2(F.gelu(self.fc1(normed)))
 
     def _heads(self, x: Tensor) -> Tensor:
         b, t, width = x.shape
         return x.reshape(b, t, self.n_heads, width // self.n_heads).transpose(1, 2)
+
+
+def _add_norm(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return add_layer_norm(x, y, norm.weight, norm.bias, norm.eps)
 
 
 class Encoder(nn.Module):
@@ -78,6 +98,10 @@ class Encoder(nn.Module):
 
     def layers(self) -> Iterator[Block]:
         return cast("Iterator[Block]", iter(self.blocks))
+
+    def norms(self) -> list[nn.LayerNorm]:
+        """The norm before each block, and the one behind the last."""
+        return [*(block.attn_ln for block in self.layers()), self.ln_post]
 
     def stem(self, mel: Tensor, position: Tensor) -> Tensor:
         """mel (B, 3 + 2 T, 80), position (B,) of the first frame -> (B, T, D)."""
@@ -142,27 +166,27 @@ def reset_rows(state: EncoderState, mask: Tensor) -> None:
 
 
 def step(
-    encoder: Encoder, state: EncoderState, mel: Tensor, active: Tensor, ahead: int = 0
+    encoder: Encoder, state: EncoderState, mel: Tensor, active: Tensor | Rows, ahead: int = 0
 ) -> tuple[EncoderState, Tensor]:
     """mel (B, 2 T, 80) of one chunk, active (B,) -> frames (B, T, D); inactive rows get zeros.
 
     `ahead` frames of look-ahead, at most `max_ahead_frames`, the same in all steps of a stream.
     """
-    n_new, n_layers = mel.shape[1] // 2, encoder.cfg.n_layers
-    out = mel.new_zeros(mel.shape[0], n_new, encoder.cfg.width)
-    rows = active.nonzero()[:, 0]
-    if len(rows) == 0 or n_new == 0:
-        return state, out
-    mel = torch.cat([state.mel_tail[rows], mel[rows]], dim=1)
+    n_new, chosen, cfg = mel.shape[1] // 2, Rows.of(active), encoder.cfg
+    if len(chosen) == 0 or n_new == 0:
+        return state, mel.new_zeros(chosen.n_out, n_new, cfg.width)
+    rows = chosen.index
+    mel = torch.cat([state.mel_tail[rows], chosen.take(mel)], dim=1)
     x = encoder.stem(mel[:, -(MEL_TAIL + 2 * (ahead + n_new)) :], state.position[rows])
     new_position = state.position[rows, None] + torch.arange(n_new, device=mel.device)
-    seen_position = state.ring_position[rows]
+    norms = encoder.norms()
+    normed = norms[0](x)
     for i, block in enumerate(encoder.layers()):
-        q, k, v = block.qkv(x)
-        if i + 1 == n_layers:  # nobody asks for what lies ahead any more
+        q, k, v = block.project(normed)
+        if i + 1 == cfg.n_layers:  # nobody asks for what lies ahead any more
             x, q = x[:, :n_new], q[:, :, :n_new]
-        mixed = chunk_attention(q, k, v, state.k[i, rows], state.v[i, rows], seen_position)
-        x = block.merge(x, mixed)
+        mixed = chunk_attention(q, k, v, Ring(state.k[i], state.v[i], state.ring_position, rows))
+        x, normed = block.merge_and_norm(x, mixed, norms[i + 1])
         _write_ring(state.k[i], rows, new_position, k[:, :, :n_new])
         _write_ring(state.v[i], rows, new_position, v[:, :, :n_new])
     state.ring_position.index_put_(
@@ -171,8 +195,7 @@ def step(
     )
     state.mel_tail[rows] = mel[:, -encoder.cfg.mel_tail :]
     state.position[rows] += n_new
-    out[rows] = encoder.ln_post(x).to(out.dtype)
-    return state, out
+    return state, chosen.put(normed.to(mel.dtype))
 
 
 def _write_ring(ring: Tensor, rows: Tensor, position: Tensor, new: Tensor) -> None:

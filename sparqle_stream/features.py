@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparqle_kernels import log_mel as spectrum
 from sparqle_stream.config import (
     FIRST_PEAK,
     FLOOR_DB8,
@@ -24,6 +25,7 @@ from sparqle_stream.config import (
     FeatureConfig,
 )
 from sparqle_stream.errors import AudioFormatError
+from sparqle_stream.rows import Rows
 
 
 @dataclass(slots=True)
@@ -53,24 +55,22 @@ def forget_rows(state: FeatureState, mask: Tensor) -> None:
 
 
 def step(
-    cfg: FeatureConfig, state: FeatureState, pcm: Tensor, active: Tensor
+    cfg: FeatureConfig, state: FeatureState, pcm: Tensor, active: Tensor | Rows
 ) -> tuple[FeatureState, Tensor]:
     """pcm (B, S), active (B,) -> log-mel (B, S / 160, 80); zeros for inactive rows."""
+    rows, n_frames = Rows.of(active), pcm.shape[1] // cfg.hop_samples
     if pcm.shape[1] % cfg.hop_samples:
         raise AudioFormatError(
             f"a step takes a multiple of {cfg.hop_samples} samples, got {pcm.shape[1]}",
             hint="the pipeline cuts audio into chunks; call it instead",
         )
-    out = pcm.new_zeros(pcm.shape[0], pcm.shape[1] // cfg.hop_samples, cfg.n_mels)
-    rows = active.nonzero()[:, 0]
-    if len(rows) == 0 or out.shape[1] == 0:
-        return state, out
-    wave = torch.cat([state.tail[rows], pcm[rows]], dim=1)
-    mel, peak = log_mel(cfg, wave, state.peak[rows])
-    out[rows] = mel
-    state.tail[rows] = wave[:, -LOOK_BACK_SAMPLES:]
-    state.peak[rows] = peak
-    return state, out
+    if len(rows) == 0 or n_frames == 0:
+        return state, pcm.new_zeros(rows.n_out, n_frames, cfg.n_mels)
+    wave = torch.cat([state.tail[rows.index], rows.take(pcm)], dim=1)
+    mel, peak = log_mel(cfg, wave, state.peak[rows.index])
+    state.tail[rows.index] = wave[:, -LOOK_BACK_SAMPLES:]
+    state.peak[rows.index] = peak
+    return state, rows.put(mel)
 
 
 def log_mel(cfg: FeatureConfig, wave: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,12 +79,7 @@ def log_mel(cfg: FeatureConfig, wave: Tensor, peak: Tensor) -> tuple[Tensor, Ten
     Whisper's formula (Radford et al., 2022): power spectrum of a Hann window of 400, Slaney mel
     filters, log10 clamped to maximum - 8, then (x + 4) / 4.
     """
-    n_frames = (wave.shape[1] - LOOK_BACK_SAMPLES) // cfg.hop_samples
-    frames = wave.unfold(1, cfg.n_fft, cfg.hop_samples)[:, :n_frames]  # (B, F, 400)
-    spectrum = torch.fft.rfft(frames * _hann(cfg.n_fft, wave.device))
-    power = spectrum.real.square() + spectrum.imag.square()
-    mel = power @ mel_filters(cfg.n_mels, cfg.n_fft, wave.device)
-    log = mel.clamp(min=1e-10).log10()
+    log = spectrum.log_mel(wave, _transform(cfg.n_mels, cfg.n_fft, wave.device), cfg.hop_samples)
     gain, peak = _slow_gain(cfg, log.amax(dim=2), peak)
     log = (log + gain[:, :, None]).clamp(min=cfg.max_log10 - FLOOR_DB8)
     return (log + 4.0) / 4.0, peak
@@ -105,8 +100,10 @@ def _slow_gain(cfg: FeatureConfig, loud: Tensor, peak: Tensor) -> tuple[Tensor, 
 
 
 @functools.cache
-def _hann(n: int, device: torch.device) -> Tensor:
-    return torch.hann_window(n, device=device)
+def _transform(n_mels: int, n_fft: int, device: torch.device) -> spectrum.Transform:
+    with torch.inference_mode(False):  # training may find the one that serving made
+        window = torch.hann_window(n_fft, device=device)
+        return spectrum.make_transform(window, mel_filters(n_mels, n_fft, device))
 
 
 @functools.cache

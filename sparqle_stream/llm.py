@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparqle_kernels.decode_attention import decode_attention, make_plan
+from sparqle_kernels.rms_norm_rope_append import Rotation, rms_norm_rope_append
+from sparqle_kernels.rms_norm_rope_append import Slots as SlotRows
+from sparqle_kernels.stop_head import stop_head
 from sparqle_stream.decode import write
 from sparqle_stream.errors import ModelError
+from sparqle_stream.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +32,7 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=8)
-def rope_table(
-    theta: float, head_width: int, n_positions: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def rope_table(theta: float, head_width: int, n_positions: int, device: torch.device) -> Rotation:
     """Cosines and signed sines (N, d) in float32 of the rotation at every position.
 
     Halves are repeated and the sine's first half negated, so that rotating is
@@ -41,7 +43,7 @@ def rope_table(
         angles = torch.outer(torch.arange(n_positions, dtype=torch.float64), theta**-half)
         cos, sin = angles.cos().float(), angles.sin().float()
         table = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-        return table[0].to(device), table[1].to(device)
+        return Rotation(table[0].to(device), table[1].to(device))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -81,7 +83,8 @@ class RmsNorm(nn.Module):
 class Attention(nn.Module):
     """Projections of one layer's grouped-query attention.
 
-    For decoding `Llm.join` puts q, k and v into one matrix: `qkv_proj` instead of the three.
+    For decoding `Llm.join` puts q, k and v into one matrix, with the weights of the norm before it
+    folded in: `qkv_proj` instead of the three.
     """
 
     qkv_proj: nn.Module | None
@@ -99,13 +102,17 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, E) -> rotated q (B, H, T, d), rotated k and plain v (B, KV, T, d)."""
-        if self.qkv_proj is None:
-            q, k, v = map(self._heads, (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
-            return rotate(q, cos, sin), rotate(k, cos, sin), v
-        heads = self._heads(self.qkv_proj(x))
+        heads = self._heads(self.qkv(x))
         q_and_k = rotate(heads[:, : -self.n_kv_heads], cos, sin)
         q, k = q_and_k[:, : -self.n_kv_heads], q_and_k[:, -self.n_kv_heads :]
         return q, k, heads[:, -self.n_kv_heads :]
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """x (B, T, E) -> q, k and v of all heads behind each other (B, T, (H + 2 KV) d)."""
+        if self.qkv_proj is None:
+            return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        out: Tensor = self.qkv_proj(x)
+        return out
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
@@ -152,6 +159,11 @@ class Layer(nn.Module):
         self.mlp_norm = RmsNorm(cfg.width, cfg.rms_eps)
         self.mlp = Mlp(cfg)
 
+    def qkv_before_norm(self, x: Tensor) -> Tensor:
+        """x (B, T, E) -> q, k, v that lack x's factor 1 / rms alone (B, T, (H + 2 KV) d)."""
+        is_folded = self.attn.qkv_proj is not None
+        return self.attn.qkv(x if is_folded else x * self.attn_norm.weight)
+
     def feed_forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
@@ -183,10 +195,16 @@ class Llm(nn.Module):
 
     @torch.no_grad()
     def join(self) -> None:
-        """For decoding: what reads the same rows becomes one matrix, frozen."""
+        """For decoding: what reads the same rows becomes one matrix, frozen.
+
+        The weights of the norm before q, k and v go into their matrix, and are ones from then on.
+        """
         for layer in self.blocks():
-            attn, mlp = layer.attn, layer.mlp
+            attn, mlp, norm = layer.attn, layer.mlp, layer.attn_norm
             attn.qkv_proj = _joined(attn.q_proj, attn.k_proj, attn.v_proj)
+            weight = attn.qkv_proj.weight
+            weight.copy_((weight.float() * norm.weight.float()).to(weight.dtype))
+            norm.weight.fill_(1.0)
             mlp.gate_up_proj = _joined(mlp.gate_proj, mlp.up_proj)
             del attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj
 
@@ -233,6 +251,7 @@ class LlmState:
     v: Tensor  # (L, B, KV, N, d)
     length: Tensor  # (B,) int64 rows written
     hidden: Tensor  # (B, E) final-normed hidden of the last row written
+    stop: Tensor  # (B,) float32 logit that the stop head gave it
 
     @property
     def n_free(self) -> Tensor:
@@ -253,6 +272,7 @@ def init_state(
         v=torch.zeros(slots, dtype=dtype, device=device),
         length=torch.zeros(batch, dtype=torch.int64, device=device),
         hidden=torch.zeros(batch, cfg.width, dtype=dtype, device=device),
+        stop=torch.zeros(batch, device=device),
     )
 
 
@@ -260,31 +280,33 @@ def reset_rows(state: LlmState, mask: Tensor) -> None:
     """Slots of `mask` (B,) are empty. K/V bytes stay: length 0 makes them invisible."""
     state.length[mask] = 0
     state.hidden[mask] = 0.0
+    state.stop[mask] = 0.0
 
 
 @torch.inference_mode()
-def append(llm: Llm, state: LlmState, embeds: Tensor, active: Tensor) -> LlmState:
+def append(llm: Llm, state: LlmState, embeds: Tensor, active: Tensor | Rows) -> LlmState:
     """Writes embeds (B, R, E) of the active rows into their slots and keeps the last hidden."""
-    slots = active.nonzero()[:, 0]
-    if len(slots) and embeds.shape[1]:
-        _append_slots(llm, state, embeds[slots], slots)
+    rows = Rows.of(active)
+    if len(rows) and embeds.shape[1]:
+        check_room(int(state.length[rows.index].max()), embeds.shape[1], state)
+        append_rows(llm, state, rows.take(embeds), rows.index)
     return state
 
 
 @torch.inference_mode()
 def prefill(llm: Llm, state: LlmState, ids: Sequence[list[int] | None]) -> LlmState:
     """Writes each row's token ids; rows with None or no ids stay as they are."""
-    device = state.length.device
-    for row, tokens in enumerate(ids):  # prefixes are rare, short, and of unequal length
-        if tokens:
-            embeds = llm.embed(torch.tensor([tokens], device=device))
-            _append_slots(llm, state, embeds, torch.tensor([row], device=device))
+    Slots(EagerPasses(llm, state)).read({row: new for row, new in enumerate(ids) if new})
     return state
 
 
 @torch.inference_mode()
 def step(
-    llm: Llm, state: LlmState, queries: Tensor, active: Tensor, writers: Sequence[Writer | None]
+    llm: Llm,
+    state: LlmState,
+    queries: Tensor,
+    active: Tensor,
+    writers: Sequence[Writer | None],
 ) -> tuple[LlmState, list[list[int]]]:
     """One chunk: queries (B, Q, E) of the active rows in, what their writers choose out."""
     state = append(llm, state, queries, active)
@@ -293,66 +315,120 @@ def step(
         writer = writers[slot]
         assert writer is not None, "an active row needs a writer"
         going[slot] = writer
-    written = write(_Slots(llm, state), going)
+    written = write(Slots(EagerPasses(llm, state)), going)
     return state, [written.get(slot, []) for slot in range(queries.shape[0])]
 
 
+class Passes(Protocol):
+    """What `Slots` asks of the device: eagerly, or by CUDA graphs (`cuda_graphs`)."""
+
+    def stops(self, rows: Sequence[int]) -> list[float]:
+        """The stop head's logits."""
+        ...
+
+    def score(
+        self, rows: Sequence[int], ids: list[list[int]]
+    ) -> tuple[list[list[float]], list[int]]:
+        """Of ids (b, K): each id's logit and, behind them, that of the best; and which it is."""
+        ...
+
+    def read(self, rows: Sequence[int], ids: list[list[int]]) -> None:
+        """Appends ids (b, R) to the slots of `rows`, which ascend."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Slots:
+class Slots:
     """The decoder that `decode.write` asks."""
 
-    llm: Llm
-    state: LlmState
+    passes: Passes
 
     def stops(self, rows: Sequence[int]) -> Sequence[float]:
-        stops: list[float] = self.llm.stop(self.state.hidden[list(rows)])[:, 0].tolist()
-        return stops
+        return self.passes.stops(rows)
 
     def score(self, wanted: Mapping[int, list[int]]) -> dict[int, tuple[list[int], list[float]]]:
         if not wanted:
             return {}
-        logits = self.llm.logits(self.state.hidden[list(wanted)]).float()  # (b, V)
-        out = {}
-        for (slot, ids), row in zip(wanted.items(), logits, strict=True):
-            asked = list(dict.fromkeys(ids)) or [int(row.argmax())]
-            out[slot] = asked, row[asked].tolist()
-        return out
+        asked = {row: list(dict.fromkeys(ids)) for row, ids in wanted.items()}
+        n = max(map(len, asked.values()))
+        padded = [ids + [0] * (n - len(ids)) for ids in asked.values()]
+        scores, best = self.passes.score(list(asked), padded)
+        return {
+            row: (ids, of[: len(ids)]) if ids else ([top], of[-1:])
+            for (row, ids), of, top in zip(asked.items(), scores, best, strict=True)
+        }
 
     def read(self, tokens: Mapping[int, list[int]]) -> None:
-        _append_tokens(self.llm, self.state, {row: ids for row, ids in tokens.items() if ids})
+        """Rows with equally many go together."""
+        for n in sorted({len(ids) for ids in tokens.values()} - {0}):
+            same = sorted(row for row, ids in tokens.items() if len(ids) == n)
+            self.passes.read(same, [tokens[row] for row in same])
 
     leave = read  # one pass has rows of equal length: waiting for the next queries saves nothing
 
 
-def _append_tokens(llm: Llm, state: LlmState, tokens: dict[int, list[int]]) -> None:
-    """Writes each slot's tokens into it; slots with equally many go together."""
-    device = state.length.device
-    for n in sorted({len(ids) for ids in tokens.values()}):
-        same = {slot: ids for slot, ids in tokens.items() if len(ids) == n}
-        embeds = llm.embed(torch.tensor(list(same.values()), device=device))
-        _append_slots(llm, state, embeds, torch.tensor(list(same), device=device))
+@dataclass(frozen=True, slots=True)
+class EagerPasses:
+    """One kernel after the other."""
+
+    llm: Llm
+    state: LlmState
+
+    def stops(self, rows: Sequence[int]) -> list[float]:
+        stops: list[float] = self.state.stop[list(rows)].tolist()
+        return stops
+
+    def score(
+        self, rows: Sequence[int], ids: list[list[int]]
+    ) -> tuple[list[list[float]], list[int]]:
+        device = self.state.length.device
+        wanted = torch.tensor(ids, dtype=torch.int64, device=device)
+        scores, best = score_rows(self.llm, self.state, torch.tensor(rows, device=device), wanted)
+        return scores.tolist(), best.tolist()
+
+    def read(self, rows: Sequence[int], ids: list[list[int]]) -> None:
+        slots = torch.tensor(rows, device=self.state.length.device)
+        check_room(int(self.state.length[slots].max()), len(ids[0]), self.state)
+        embeds = self.llm.embed(torch.tensor(ids, device=slots.device))
+        append_rows(self.llm, self.state, embeds, slots)
 
 
-def _append_slots(llm: Llm, state: LlmState, embeds: Tensor, slots: Tensor) -> None:
-    """Writes embeds (b, R, E) into `slots` (b,): K/V, lengths and last hidden."""
-    cfg, n_rows, n_slot = llm.cfg, embeds.shape[1], state.k.shape[3]
-    start = state.length[slots]
-    if int(start.max()) + n_rows > n_slot:
+def check_room(longest: int, n_rows: int, state: LlmState) -> None:
+    """Raises ModelError when slots that hold up to `longest` rows cannot take `n_rows` more."""
+    n_slot = state.k.shape[3]
+    if longest + n_rows > n_slot:
         raise ModelError(
             f"{n_rows} more rows do not fit into a slot of {n_slot}",
             hint="cut the segment before its slot is full",
         )
-    position = start[:, None] + torch.arange(n_rows, device=start.device)  # (b, R)
-    cos, sin = rope_table(cfg.rope_theta, cfg.head_width, n_slot, embeds.device)
-    x = embeds.to(state.k.dtype)
-    cos, sin = cos[position][:, None].to(x.dtype), sin[position][:, None].to(x.dtype)
+
+
+def score_rows(llm: Llm, state: LlmState, slots: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """slots (b,), ids (b, K) -> logits (b, K + 1) of the ids and the best, which is (b,)."""
+    logits = llm.logits(state.hidden[slots]).float()  # (b, V)
+    best = logits.argmax(dim=-1)
+    return logits.gather(1, torch.cat([ids, best[:, None]], dim=1)), best
+
+
+def append_rows(llm: Llm, state: LlmState, embeds: Tensor, slots: Tensor) -> None:
+    """Writes embeds (b, R, E) into `slots` (b,), which ascend: K/V, lengths, last hidden, stop.
+
+    There must be room. Nothing is read back to the host, no shape depends on data.
+    """
+    cfg, n_rows, n_slot = llm.cfg, embeds.shape[1], state.k.shape[3]
+    start = state.length[slots]
     length = start + n_rows
+    rotation = rope_table(cfg.rope_theta, cfg.head_width, n_slot, embeds.device)
     plan = make_plan(slots, length, n_rows, cfg.n_heads // cfg.n_kv_heads)
+    x = embeds.to(state.k.dtype)
     for i, layer in enumerate(llm.blocks()):
-        q, k, v = layer.attn.project(layer.attn_norm(x), cos, sin)
-        state.k[i][slots[:, None], :, position] = k.transpose(1, 2)  # (b, R, KV, d)
-        state.v[i][slots[:, None], :, position] = v.transpose(1, 2)
-        mixed = decode_attention(q, state.k[i], state.v[i], plan)  # (b, H, R, d)
+        k, v = state.k[i], state.v[i]
+        at = SlotRows(k, v, slots, start)
+        q = rms_norm_rope_append(x, layer.qkv_before_norm(x), cfg.rms_eps, rotation, at)
+        mixed = decode_attention(q, k, v, plan)  # (b, H, R, d)
         x = layer.feed_forward(x + layer.attn.merge(mixed))
+    stop = llm.stop
+    hidden, logit = stop_head(x[:, -1], llm.norm.weight, cfg.rms_eps, stop.weight[0], stop.bias)
     state.length[slots] = length
-    state.hidden[slots] = llm.norm(x[:, -1])
+    state.hidden[slots] = hidden
+    state.stop[slots] = logit

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparqle_stream import encoder, features, llm, qformer
+from sparqle_stream.rows import Rows
 from sparqle_stream.stages import N_RECENT, Laps
 
 if TYPE_CHECKING:
@@ -74,23 +75,41 @@ def step(
     hearing and writing: text that CTC did not hear is not written.
     """
     lap = Laps()
-    state.features, mel = features.step(model.cfg.features, state.features, pcm, active)
-    lap("features")
-    state.encoder, frames = encoder.step(model.encoder, state.encoder, mel, active, ahead_frames)
-    lap("encoder")
-    log_probs = _ctc(model, frames, active)
-    lap("ctc")
-    state.qformer, queries = qformer.step(
-        model.qformer, state.qformer, frames, log_probs, wait_ms, active
-    )
-    queries = queries.to(state.recent.dtype)
-    _remember(state.recent, queries, active)
-    lap("qformer")
+    log_probs, queries = listen(model, state, pcm, Rows.of(active), wait_ms, ahead_frames, lap)
     writers = hear(log_probs)
     lap("captions")
     state.llm, tokens = llm.step(model.llm, state.llm, queries, active, writers)
     lap("llm")
     return state, ChunkResult(log_probs, tokens, lap.seconds)
+
+
+def listen(
+    model: SparqleModel,
+    state: PipelineState,
+    pcm: Tensor,
+    rows: Rows,
+    wait_ms: Tensor,
+    ahead_frames: int,
+    lap: Callable[[str], None],
+) -> tuple[Tensor, Tensor]:
+    """All before the text: pcm (B, S), wait_ms (B,) -> CTC log-probs (B, C, V), queries (B, Q, E).
+
+    With rows by number nothing is read back to the host and no shape depends on data.
+    """
+    state.features, mel = features.step(model.cfg.features, state.features, pcm, rows)
+    lap("features")
+    state.encoder, frames = encoder.step(model.encoder, state.encoder, mel, rows, ahead_frames)
+    lap("encoder")
+    log_probs = rows.put(model.ctc(rows.take(frames)))
+    lap("ctc")
+    state.qformer, queries = qformer.step(
+        model.qformer, state.qformer, frames, log_probs, wait_ms, rows
+    )
+    queries = queries.to(state.recent.dtype)
+    new = torch.cat([state.recent[rows.index], rows.take(queries)], dim=1)
+    state.recent[rows.index] = new[:, -N_RECENT:]
+    lap("qformer")
+    return log_probs, queries
 
 
 def reset_rows(state: PipelineState, mask: Tensor) -> None:
@@ -129,28 +148,11 @@ def seam_rows(
     llm.reset_rows(state.llm, mask)
     state.llm = llm.prefill(model.llm, state.llm, list(prefixes))
     for row, n in enumerate(n_again):
-        if mask[row] and n:
+        if prefixes[row] is not None and n:
             alone = torch.zeros_like(mask)
             alone[row] = True
             again = state.recent[:, N_RECENT - n :]
             state.llm = llm.append(model.llm, state.llm, again, alone)
-
-
-def _ctc(model: SparqleModel, frames: Tensor, active: Tensor) -> Tensor:
-    """frames (B, T, D) -> log-probs (B, T / 2, V); zeros for inactive rows."""
-    rows = active.nonzero()[:, 0]
-    out = frames.new_zeros(
-        frames.shape[0], frames.shape[1] // 2, model.cfg.ctc.n_pieces, dtype=torch.float32
-    )
-    if len(rows):
-        out[rows] = model.ctc(frames[rows])
-    return out
-
-
-def _remember(recent: Tensor, queries: Tensor, active: Tensor) -> None:
-    """Shifts queries (B, Q, E) of the active rows into recent (B, N, E)."""
-    rows = active.nonzero()[:, 0]
-    recent[rows] = torch.cat([recent[rows], queries[rows]], dim=1)[:, -N_RECENT:]
 
 
 def _reset_hearing(state: PipelineState, mask: Tensor) -> None:

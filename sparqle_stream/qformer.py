@@ -16,15 +16,18 @@ and one another in both directions: for comparison offline, `step` refuses it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparqle_kernels.add_layer_norm import add_layer_norm
+from sparqle_kernels.frame_attention import fold_keys, frame_attention, unfold_values
 from sparqle_kernels.query_attention import query_attention
 from sparqle_stream.config import FRAMES_PER_CTC, FRAMES_PER_QUERY, QUERY_MS, QFormerConfig
 from sparqle_stream.errors import ConfigError
+from sparqle_stream.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,8 +35,23 @@ if TYPE_CHECKING:
 CTC_PER_QUERY = FRAMES_PER_QUERY // FRAMES_PER_CTC
 
 
+def add_norm(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x + y, and its norm."""
+    return add_layer_norm(x, y, norm.weight, norm.bias, norm.eps)
+
+
+class Sight(NamedTuple):
+    """What queries may look at: what is where in time, of batch 1 for all rows alike."""
+
+    distance: Tensor  # (B, Q, L) int64, time of the entry minus that of the query
+    seen: Tensor  # (B, Q, L) bool
+
+
 class TimedAttention(nn.Module):
-    """Multi-head attention whose scores carry a learned bias over relative time."""
+    """Multi-head attention whose scores carry a learned bias over relative time.
+
+    `norm` is applied by whoever calls it: the sum before it and the norm are one pass over memory.
+    """
 
     def __init__(self, cfg: QFormerConfig, source_width: int, reach: int) -> None:
         super().__init__()
@@ -49,11 +67,26 @@ class TimedAttention(nn.Module):
         """source (B, L, W) -> k, v (B, H, L, d)."""
         return self._heads(self.key(source)), self._heads(self.value(source))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, distance: Tensor, seen: Tensor) -> Tensor:
-        """x (B, Q, D) + attention over k, v (B, H, L, d); distance, seen (B, Q, L)."""
-        age = distance.clamp(-self.reach, self.reach) + self.reach
-        mixed = query_attention(self._heads(self.query(self.norm(x))), k, v, age, seen, self.bias)
-        out: Tensor = x + self.out(mixed.transpose(1, 2).flatten(2))
+    def forward(self, normed: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        """normed (B, Q, D), k, v (B, H, L, d) -> what is heard (B, Q, D)."""
+        q = self._heads(self.query(normed))
+        return self._merge(query_attention(q, k, v, self._age(sight), sight.seen, self.bias))
+
+    def ask(self, normed: Tensor, source: Tensor, sight: Sight) -> Tensor:
+        """As `forward` over the keys and values of source (B, L, W), which it never projects.
+
+        Few queries ask many entries: the projections move to the queries.
+        """
+        q = self._heads(self.query(normed))
+        folded, age = fold_keys(q, self.key.weight), self._age(sight)
+        mixed = frame_attention(folded, source, age, sight.seen, self.bias, q.shape[3] ** -0.5)
+        return self._merge(unfold_values(mixed, self.value.weight, self.value.bias))
+
+    def _age(self, sight: Sight) -> Tensor:
+        return sight.distance.clamp(-self.reach, self.reach) + self.reach
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -74,8 +107,9 @@ class QFormerLayer(nn.Module):
         self.fc1 = nn.Linear(cfg.width, cfg.ffn)
         self.fc2 = nn.Linear(cfg.ffn, cfg.width)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+    def feed_forward(self, normed: Tensor) -> Tensor:
+        """normed by `norm` (B, Q, D) -> what is added (B, Q, D)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(normed)))
         return out
 
 
@@ -123,11 +157,15 @@ class QFormer(nn.Module):
     def blocks(self) -> Iterator[QFormerLayer]:
         return cast("Iterator[QFormerLayer]", iter(self.layers))
 
-    def embed(self, x: Tensor, posterior: Tensor, before: Tensor, delay_ms: Tensor) -> Tensor:
-        """Q-Former output x (B, Q, D) and posteriors -> what the LLM reads (B, Q, E)."""
+    def norms(self) -> list[nn.LayerNorm]:
+        """The norm before each layer, and the one behind the last."""
+        return [*(layer.self_attn.norm for layer in self.blocks()), self.out_norm]
+
+    def embed(self, normed: Tensor, posterior: Tensor, before: Tensor, delay_ms: Tensor) -> Tensor:
+        """Q-Former output, normed (B, Q, D), and posteriors -> what the LLM reads (B, Q, E)."""
         told = self.delay((delay_ms + QUERY_MS // 2) // QUERY_MS)[:, None]
         heard = self.posterior(posterior, before)
-        out: Tensor = self.out(self.out_norm(x)) + heard + told
+        out: Tensor = self.out(normed) + heard + told
         return out
 
     def forward_train(
@@ -144,9 +182,13 @@ class QFormer(nn.Module):
             return self._ask_everything(frames)
         posterior = log_probs.exp()
         before = torch.zeros_like(posterior[:, :1])
-        is_stack = self.cfg.kind == "stack"
-        x = self._stacked(frames) if is_stack else self._ask_windows(frames, chunk_frames)
-        return self.embed(x, posterior, before, delay_ms)
+        return self.embed(self.ask(frames, chunk_frames), posterior, before, delay_ms)
+
+    def ask(self, frames: Tensor, chunk_frames: int) -> Tensor:
+        """Whole utterances, frames (B, T, W) -> normed output (B, T / 4, D) as `step` has it."""
+        if self.cfg.kind == "stack":
+            return self._stacked(frames)
+        return self._ask_windows(frames, chunk_frames)
 
     def _ask_everything(self, frames: Tensor) -> Tensor:
         """frames (B, T, W) -> (B, n_queries, E): every query sees all frames, all queries."""
@@ -154,18 +196,25 @@ class QFormer(nn.Module):
         see_query = x.new_ones(1, x.shape[1], x.shape[1], dtype=torch.bool)
         see_frame = x.new_ones(1, x.shape[1], frames.shape[1], dtype=torch.bool)
         # Without a place in time all distances are alike.
-        query_distance, frame_distance = (
-            torch.zeros_like(see, dtype=torch.int64) for see in (see_query, see_frame)
+        to_query, to_frame = (
+            Sight(torch.zeros_like(see, dtype=torch.int64), see) for see in (see_query, see_frame)
         )
-        for layer in self.blocks():
-            x = layer.self_attn(x, *layer.self_attn.kv(x), query_distance, see_query)
-            x = layer.cross_attn(x, *layer.cross_attn.kv(frames), frame_distance, see_frame)
-            x = layer.feed_forward(x)
-        out: Tensor = self.out(self.out_norm(x))
+        out: Tensor = self.out(self._layers(x, frames, to_query, to_frame))
         return out
 
+    def _layers(self, x: Tensor, frames: Tensor, to_query: Sight, to_frame: Sight) -> Tensor:
+        """x (B, Q, D) through all layers, over all frames (B, T, W) -> normed (B, Q, D)."""
+        norms = self.norms()
+        normed: Tensor = norms[0](x)
+        for layer, after in zip(self.blocks(), norms[1:], strict=True):
+            own, across = layer.self_attn, layer.cross_attn
+            x, normed = add_norm(x, own(normed, *own.kv(x), to_query), across.norm)
+            x, normed = add_norm(x, across(normed, *across.kv(frames), to_frame), layer.norm)
+            x, normed = add_norm(x, layer.feed_forward(normed), after)
+        return normed
+
     def _ask_windows(self, frames: Tensor, chunk_frames: int) -> Tensor:
-        """frames (B, T, W) -> (B, T / 4, D), each query within the sight of its chunk."""
+        """frames (B, T, W) -> normed (B, T / 4, D), each query within the sight of its chunk."""
         cfg, n_frames = self.cfg, frames.shape[1]
         chunk = chunk_frames or n_frames
         frame = torch.arange(n_frames, device=frames.device)
@@ -176,22 +225,19 @@ class QFormer(nn.Module):
         see_frame = (frame < end[:, None]) & (frame >= start[:, None] - cfg.frame_ring)
         past = start[:, None] - cfg.query_ring * FRAMES_PER_QUERY
         see_query = (query < end[:, None]) & (query >= past)
-        frame_distance = frame[None] - query[:, None]
         query_distance = (query[None] - query[:, None]) // FRAMES_PER_QUERY
-        for layer in self.blocks():
-            k, v = layer.self_attn.kv(x)
-            x = layer.self_attn(x, k, v, query_distance[None], see_query[None])
-            k, v = layer.cross_attn.kv(frames)
-            x = layer.cross_attn(x, k, v, frame_distance[None], see_frame[None])
-            x = layer.feed_forward(x)
-        return x
+        to_query = Sight(query_distance[None], see_query[None])
+        to_frame = Sight((frame[None] - query[:, None])[None], see_frame[None])
+        return self._layers(x, frames, to_query, to_frame)
 
     def _stacked(self, frames: Tensor) -> Tensor:
+        """frames (B, T, W) -> normed (B, T / 4, D)."""
         b, t, w = frames.shape
         rows = frames.reshape(b, t // FRAMES_PER_QUERY, FRAMES_PER_QUERY * w)
-        return F.gelu(self.stack(rows))
+        out: Tensor = self.out_norm(F.gelu(self.stack(rows)))
+        return out
 
-    def _phase(self, query: Tensor, end: Tensor) -> Tensor:
+    def _phase(self, query: Tensor, end: Tensor | int) -> Tensor:
         """How many queries follow in the chunk: what a query may know of the future."""
         follow = (end - query - 1) // FRAMES_PER_QUERY
         return follow.clamp(max=self.cfg.n_phases - 1)
@@ -242,25 +288,23 @@ def step(
     frames: Tensor,
     log_probs: Tensor,
     delay_ms: Tensor,
-    active: Tensor,
+    active: Tensor | Rows,
 ) -> tuple[QFormerState, Tensor]:
     """frames (B, T, W), log_probs (B, T / 2, V), delay_ms (B,), active (B,) -> (B, T / 4, E)."""
     cfg = qformer.cfg
     if cfg.kind == "utterance":
         raise _offline_only()
-    out = frames.new_zeros(frames.shape[0], frames.shape[1] // FRAMES_PER_QUERY, cfg.llm_width)
-    rows = active.nonzero()[:, 0]
-    if len(rows) == 0 or out.shape[1] == 0:
-        return state, out
-    new = frames[rows].to(qformer.out.weight.dtype)
-    posterior = log_probs[rows].exp()
+    rows, n_queries = Rows.of(active), frames.shape[1] // FRAMES_PER_QUERY
+    if len(rows) == 0 or n_queries == 0:
+        return state, frames.new_zeros(rows.n_out, n_queries, cfg.llm_width)
+    new, index = rows.take(frames).to(qformer.out.weight.dtype), rows.index
+    posterior = rows.take(log_probs).exp()
     is_stack = cfg.kind == "stack"
-    x = qformer._stacked(new) if is_stack else _ask(qformer, state, new, rows)
-    embedded = qformer.embed(x, posterior, state.posterior[rows], delay_ms[rows])
-    out[rows] = embedded.to(out.dtype)
-    state.posterior[rows] = posterior[:, -1:]
-    state.position[rows] += frames.shape[1]
-    return state, out
+    normed = qformer._stacked(new) if is_stack else _ask(qformer, state, new, index)
+    embedded = qformer.embed(normed, posterior, state.posterior[index], rows.take(delay_ms))
+    state.posterior[index] = posterior[:, -1:]
+    state.position[index] += frames.shape[1]
+    return state, rows.put(embedded.to(frames.dtype))
 
 
 def _offline_only() -> ConfigError:
@@ -271,7 +315,10 @@ def _offline_only() -> ConfigError:
 
 
 def _ask(qformer: QFormer, state: QFormerState, new: Tensor, rows: Tensor) -> Tensor:
-    """One chunk of new frames (b, T, W) through the layers; writes the rings. -> (b, Q, D)."""
+    """One chunk of new frames (b, T, W) through the layers; writes the rings. -> normed (b, Q, D).
+
+    rows (b,): whose frames they are.
+    """
     n_new = new.shape[1]
     steps = torch.arange(n_new, device=new.device)
     frame = state.position[rows, None] + steps  # (b, T) absolute
@@ -279,25 +326,31 @@ def _ask(qformer: QFormer, state: QFormerState, new: Tensor, rows: Tensor) -> Te
     all_frames = torch.cat([state.frames[rows], new], dim=1)
     frame_at = torch.cat([state.frame_position[rows], frame], dim=1)
     query_at = torch.cat([state.query_position[rows], query // FRAMES_PER_QUERY], dim=1)
-    frame_distance = frame_at[:, None] - query[:, :, None]
-    query_distance = query_at[:, None] - query[:, :, None] // FRAMES_PER_QUERY
-    see_frame = (frame_at >= 0)[:, None].expand_as(frame_distance)
-    see_query = (query_at >= 0)[:, None].expand_as(query_distance)
-    phase = qformer._phase(steps[::FRAMES_PER_QUERY], steps.new_tensor(n_new))
-    x = qformer.queries[phase][None].expand(len(rows), -1, -1)
+    to_frame = _sight(frame_at, query)
+    to_query = _sight(query_at, query // FRAMES_PER_QUERY)
+    phase = qformer._phase(steps[::FRAMES_PER_QUERY], n_new)
+    x, norms = qformer.queries[phase][None].expand(len(rows), -1, -1), qformer.norms()
+    normed: Tensor = norms[0](x)
     for i, layer in enumerate(qformer.blocks()):
-        k, v = layer.self_attn.kv(x)
+        own, across = layer.self_attn, layer.cross_attn
+        k, v = own.kv(x)
         ring_k, ring_v = state.k[i, rows].to(k.dtype), state.v[i, rows].to(v.dtype)
         both_k, both_v = torch.cat([ring_k, k], dim=2), torch.cat([ring_v, v], dim=2)
-        x = layer.self_attn(x, both_k, both_v, query_distance, see_query)
-        x = layer.cross_attn(x, *layer.cross_attn.kv(all_frames), frame_distance, see_frame)
-        x = layer.feed_forward(x)
+        x, normed = add_norm(x, own(normed, both_k, both_v, to_query), across.norm)
+        x, normed = add_norm(x, across.ask(normed, all_frames, to_frame), layer.norm)
+        x, normed = add_norm(x, layer.feed_forward(normed), norms[i + 1])
         _write(state.k[i].transpose(1, 2), rows, query // FRAMES_PER_QUERY, k.transpose(1, 2))
         _write(state.v[i].transpose(1, 2), rows, query // FRAMES_PER_QUERY, v.transpose(1, 2))
     _write(state.query_position, rows, query // FRAMES_PER_QUERY, query // FRAMES_PER_QUERY)
     _write(state.frames, rows, frame, new)
     _write(state.frame_position, rows, frame, frame)
-    return x
+    return normed
+
+
+def _sight(entry_at: Tensor, query_at: Tensor) -> Sight:
+    """entry_at (b, L), -1 where nothing was written, query_at (b, Q)."""
+    distance = entry_at[:, None] - query_at[:, :, None]
+    return Sight(distance, (entry_at >= 0)[:, None].expand_as(distance))
 
 
 def _write(ring: Tensor, rows: Tensor, position: Tensor, new: Tensor) -> None:

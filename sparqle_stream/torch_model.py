@@ -14,6 +14,7 @@ from sparqle_stream import artifacts, weights
 from sparqle_stream.config import ModelConfig
 from sparqle_stream.config_json import config_from_json, read_json
 from sparqle_stream.ctc import CtcHead
+from sparqle_stream.cuda_graphs import CudaCapture
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.errors import ModelError
 from sparqle_stream.lexicon import Lexicon
@@ -50,7 +51,7 @@ class SparqleModel:
     device: torch.device
 
     def make_stages(self, n_rows: int) -> TorchStages:
-        return TorchStages(self, n_rows)
+        return TorchStages(self, n_rows, CudaCapture() if self.device.type == "cuda" else None)
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of each stage that one row reads; of `vocabulary` for all logits."""

@@ -126,7 +126,7 @@ def truth(qformer, frames, log_probs, chunks, delay_ms):
     for layer in qformer.layers:
         x = attend(layer.self_attn, x, x, near_queries, lambda i, q: i - q)
         x = attend(layer.cross_attn, x, frames, near_frames, lambda i, q: i - 4 * q)
-        x = layer.feed_forward(x)
+        x = x + layer.feed_forward(layer.norm(x))
     rise = torch.stack(
         [(p - (posterior[t - 1] if t else 0.0)).clamp(min=0) for t, p in enumerate(posterior)]
     )

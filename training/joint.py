@@ -235,8 +235,9 @@ class Trainer(Run):
         silent = torch.zeros(len(sketches), n_queries, bridge.qformer.cfg.width, device=device)
         before, told = torch.zeros_like(posterior[:, :1]), torch.tensor(delays)
         with self.place.autocast():
+            normed = bridge.qformer.out_norm(silent)
             queries = bridge.qformer.embed(
-                silent, posterior.to(device), before.to(device), told.to(device)
+                normed, posterior.to(device), before.to(device), told.to(device)
             )
         return queries, rows
 

@@ -147,11 +147,7 @@ class Stage1(nn.Module):
 
     def ask(self, frames: Tensor, chunk: int) -> Tensor:
         """Frames (B, T, W) of the ear -> answers (B, T / 4, D), as streaming hears them."""
-        qformer = self.qformer
-        is_stack = self.cfg.kind == "stack"
-        x = qformer._stacked(frames) if is_stack else qformer._ask_windows(frames, chunk)
-        out: Tensor = qformer.out_norm(x)
-        return out
+        return self.qformer.ask(frames, chunk)
 
     def losses(
         self, answers: Tensor, texts: list[list[int]], is_same: Tensor, generator: torch.Generator

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparqle_kernels.chunk_attention import Ring
 from sparqle_kernels.log_mel import make_transform
 from sparqle_kernels.rms_norm_rope_append import Rotation, Slots
 
@@ -84,12 +85,14 @@ def chunk_attention(n_frames: int) -> Callable[[int, torch.dtype, str], Problem]
         q, k, v = _random(3, streams, HEADS, n_frames, WIDTH, dtype=dtype, device=device)
         ring_k, ring_v = _random(2, streams, HEADS, LEFT, WIDTH, dtype=dtype, device=device)
         position = torch.arange(LEFT, device=device).expand(streams, LEFT).contiguous()
-        moved = n_bytes(q, k, v, ring_k, ring_v, position, q)
+        rows = torch.arange(streams, device=device)
+        moved = n_bytes(q, k, v, ring_k, ring_v, position, rows, q)
         n_scores = streams * HEADS * n_frames * (LEFT + n_frames)
-        # cat reads and writes all keys and values, attention reads them again; scores are written
-        # and read in the type of q, by mask, softmax and the second product
-        unfused = moved + 2 * n_bytes(k, v, ring_k, ring_v) + 6 * n_scores * q.element_size()
-        args = (q, k, v, ring_k, ring_v, position)
+        # the rows' rings are copied; cat reads and writes all keys and values, attention reads them
+        # again; scores are written and read in the type of q, by mask, softmax and second product
+        unfused = moved + 2 * n_bytes(k, v) + 4 * n_bytes(ring_k, ring_v)
+        unfused += 6 * n_scores * q.element_size()
+        args = (q, k, v, Ring(ring_k, ring_v, position, rows))
         return Problem(args, moved, 4 * n_scores * WIDTH, unfused)
 
     return build
@@ -176,10 +179,10 @@ def stop_head(streams: int, dtype: torch.dtype, device: str) -> Problem:
     x = _random(streams, LLM_WIDTH, dtype=dtype, device=device)
     norm, weight = _random(2, LLM_WIDTH, dtype=dtype, device=device)
     bias = _random(1, dtype=dtype, device=device)
-    moved = 2 * n_bytes(x) + n_bytes(norm, weight, bias) + streams
-    # the head reads the hidden again; sum, comparison and negation of a few numbers
-    unfused = moved + n_bytes(x) + streams * (4 * x.element_size() + 2)
-    return Problem((x, norm, 1e-5, weight, bias, 0.0), moved, 6 * x.numel(), unfused)
+    moved = 2 * n_bytes(x) + n_bytes(norm, weight, bias) + 4 * streams
+    # the head reads the hidden again; the product is written, and read to add the bias
+    unfused = moved + n_bytes(x) + 2 * streams * x.element_size()
+    return Problem((x, norm, 1e-5, weight, bias), moved, 6 * x.numel(), unfused)
 
 
 def rms_norm_rope_append(n_rows: int) -> Callable[[int, torch.dtype, str], Problem]:

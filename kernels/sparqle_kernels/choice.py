@@ -34,7 +34,7 @@ def on_device(op: str, device_type: str) -> Choice:
     if device_type == "cpu":
         if op in ON_CPU:
             return Choice(ON_CPU[op], "written for a CPU")
-        return Choice("reference", "on a CPU PyTorch's own attention is the fast path")
+        return Choice("reference", "on a CPU PyTorch's own code is the fast path")
     if device_type != "cuda":
         return Choice("reference", f"no kernel for {device_type}")
     try:

@@ -72,11 +72,18 @@ def test_its_numbers_are_those_of_the_code():
 def test_the_order_of_the_stages_is_that_of_the_pipeline():
     from sparqle_stream import pipeline
 
-    source = inspect.getsource(pipeline.step)
+    source = inspect.getsource(pipeline.listen) + inspect.getsource(pipeline.step)
     calls = re.findall(
-        r"\b(features\.step|encoder\.step|_ctc|qformer\.step|hear\(|llm\.step)", source
+        r"\b(features\.step|encoder\.step|model\.ctc|qformer\.step|hear\(|llm\.step)", source
     )
-    assert calls == ["features.step", "encoder.step", "_ctc", "qformer.step", "hear(", "llm.step"]
+    assert calls == [
+        "features.step",
+        "encoder.step",
+        "model.ctc",
+        "qformer.step",
+        "hear(",
+        "llm.step",
+    ]
     told = ["`features.step`", "`encoder.step`", "`CtcHead`", "`qformer.step`", "`Session.hear`"]
     places = [PAGE.index(name) for name in [*told, "`llm.step`"]]
     assert places == sorted(places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparqle_kernels.chunk_attention import chunk_attention
+from sparqle_kernels.chunk_attention import Ring, chunk_attention
 from sparqle_kernels.chunk_attention.reference import chunk_attention as reference
 
 # (B, H, T, L, d): the shipped shape, single entries, nothing round, a chunk longer than the ring.
@@ -18,8 +18,19 @@ SHAPES = [
     (1, 2, 64, 33, 96),
 ]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
+
+
+def flat(op):
+    """The op with its ring spread out: q, k, v, ring_k, ring_v, ring_position, length, rows."""
+
+    def call(q, k, v, ring_k, ring_v, position, length=None, rows=None):
+        return op(q, k, v, Ring(ring_k, ring_v, position, rows), length)
+
+    return call
+
+
 # What the package chooses here, and the reference where that is not the same function.
-IMPLEMENTATIONS = {chunk_attention: "chosen", reference: "reference"}
+IMPLEMENTATIONS = {flat(chunk_attention): "chosen", flat(reference): "reference"}
 by_implementation = pytest.mark.parametrize("op", IMPLEMENTATIONS, ids=IMPLEMENTATIONS.values())
 
 
@@ -63,6 +74,27 @@ def test_equals_its_definition(op, shape, filled, dtype):
     assert error < TOLERANCES[dtype]
     for x, was in zip(args, before, strict=True):  # inputs are only read
         assert torch.equal(x.nan_to_num(7.0), was.nan_to_num(7.0))
+
+
+@by_implementation
+def test_the_first_frames_may_ask_alone(op):
+    """What lies ahead is seen and does not ask: fewer queries than keys, of unequal lengths too."""
+    q, k, v, *rings = inputs((2, 2, 9, 11, 8), 0.6, torch.float64)
+    few = op(q[:, :, :5], k, v, *rings)
+    torch.testing.assert_close(few, truth(q, k, v, *rings)[:, :, :5], atol=1e-12, rtol=0)
+    length = torch.tensor([9, 3])
+    torch.testing.assert_close(
+        op(q[:, :, :5], k, v, *rings, length), op(q, k, v, *rings, length)[:, :, :5]
+    )
+
+
+@by_implementation
+def test_rows_read_their_rings_where_they_lie(op):
+    """Rings of five streams, of which three have a chunk; one of them twice, as padding is."""
+    q, k, v, *rings = inputs((5, 2, 6, 11, 8), 0.6, torch.float64)
+    rows = torch.tensor([3, 0, 4, 4])
+    out = op(*(x[rows] for x in (q, k, v)), *rings, rows=rows)
+    torch.testing.assert_close(out, truth(q, k, v, *rings)[rows], atol=1e-12, rtol=0)
 
 
 @by_implementation

@@ -106,7 +106,7 @@ def test_counts_by_hand():
     """One stream, bf16: what the shipped chunk moves and computes, added up on paper."""
     chunk = CASES[0].build(1, torch.bfloat16, "meta")
     ring, own = 8 * 256 * 64 * 2, 8 * 16 * 64 * 2
-    assert chunk.n_bytes == 2 * ring + 4 * own + 256 * 8
+    assert chunk.n_bytes == 2 * ring + 4 * own + 256 * 8 + 8  # positions, and whose ring it is
     assert chunk.n_flops == 2 * 2 * 8 * 16 * 272 * 64
     for case in CASES:
         problem = case.build(1, torch.bfloat16, "meta")

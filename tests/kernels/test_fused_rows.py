@@ -13,6 +13,7 @@ from sparqle_kernels.rms_norm_rope_append import Rotation, Slots, rms_norm_rope_
 from sparqle_kernels.rms_norm_rope_append import reference as append_reference
 from sparqle_kernels.stop_head import reference as stop_reference
 from sparqle_kernels.stop_head import stop_head
+from sparqle_stream.writer import Greedy
 from tests.kernels.exactness import assert_as_exact_as_pytorch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -77,33 +78,38 @@ def stop_truth(x, norm, weight, bias):
 @by_dtype
 @pytest.mark.parametrize("shape", WIDTHS, ids=str)
 def test_stop_head(place, shape, dtype):
-    """The threshold lies in the widest gap between two rows' logits, or below the only one."""
+    """The logit is that of the hidden as it was rounded, which is what the head sees."""
     place.wants(dtype)
     from sparqle_kernels.stop_head import triton
 
-    args = stop_inputs(shape, dtype)
-    exact, logit = stop_truth(*args)
-    ordered = torch.cat([logit.min()[None] - 2.0, logit.sort().values])
-    widest = ordered.diff().argmax()
-    stop_at = (ordered[widest] + ordered[widest + 1]).item() / 2
-    x, norm, weight, bias = place.put(*args)
-    hidden, is_stop = triton.stop_head(x, norm, EPS, weight, bias, stop_at)
-    pytorch, their_stop = stop_reference.stop_head(*args[:2], EPS, *args[2:], stop_at)
-    assert_as_exact_as_pytorch(hidden, pytorch, exact)
-    assert torch.equal(is_stop.cpu(), logit > stop_at)
-    assert torch.equal(their_stop, logit > stop_at)
+    x, norm, weight, bias = stop_inputs(shape, dtype)
+    hidden, logit = triton.stop_head(*place.put(x, norm), EPS, *place.put(weight, bias))
+    pytorch, their_logit = stop_reference.stop_head(x, norm, EPS, weight, bias)
+    assert_as_exact_as_pytorch(hidden, pytorch, stop_truth(x, norm, weight, bias)[0])
+    exact = hidden.cpu().double() @ weight.double() + bias.double()
+    assert logit.dtype == their_logit.dtype == torch.float32
+    torch.testing.assert_close(logit.cpu().double(), exact, atol=1e-4, rtol=1e-5)
+
+
+def test_stop_head_by_its_definition():
+    args = stop_inputs((3, 17), torch.float64)
+    got = stop_head(args[0], args[1], EPS, *args[2:])
+    for ours, exact in zip(got, stop_truth(*args), strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-12, rtol=0)
 
 
 def test_a_broken_row_stops(place):
-    """NaN must not write text for ever; and the threshold itself does not stop, as `<=` says."""
+    """NaN must not write text for ever: its logit is NaN, and below no writer's odds."""
     from sparqle_kernels.stop_head import triton
 
-    x, one = torch.tensor([[math.nan, 1.0], [0.0, 0.0]]), torch.ones(2)
-    bias = torch.tensor([0.5])
-    args = place.put(x, one, one, bias)
-    stops = triton.stop_head(*args[:2], EPS, *args[2:], 0.5)[1]
-    assert stops.tolist() == [True, False]
-    assert stop_head(x, one, EPS, one, bias, 0.5)[1].tolist() == [True, False]
+    x, one, bias = torch.tensor([[math.nan, 1.0], [0.0, 0.0]]), torch.ones(2), torch.tensor([0.5])
+    on_place = place.put(x, one, one, bias)
+    for _, logit in (
+        triton.stop_head(*on_place[:2], EPS, *on_place[2:]),
+        stop_head(x, one, EPS, one, bias),
+    ):
+        assert [Greedy(3).goes_on(stop) for stop in logit.tolist()] == [False, False]
+        assert [Greedy(3, 0.7).goes_on(stop) for stop in logit.tolist()] == [False, True]
 
 
 def append_inputs(shape, dtype):
@@ -180,6 +186,19 @@ def test_rms_norm_rope_append(place, shape, dtype):
         written = ~expected.isnan()
         assert torch.equal(got.cpu().isnan(), ~written), "an entry too many or too few"
         assert_as_exact_as_pytorch(got.cpu()[written], plain[written], expected[written])
+
+
+@pytest.mark.parametrize("active", [(), (2,), (0, 1, 2)], ids=str)
+def test_who_is_not_active_writes_nothing(active):
+    """In the reference too, which may not look who that is: even where slot 0 is somebody's."""
+    x, qkv, rotation, slots = append_inputs((3, 3, 2, 1, 2, 9, 8, 16), torch.float64)
+    x, qkv = x.nan_to_num(1.0), qkv.nan_to_num(1.0)
+    slot = torch.tensor([i if i in active else -1 for i in range(3)])
+    slots = slots._replace(slot=slot, start=torch.tensor([0, 3, 20 if 2 not in active else 7]))
+    exact = append_truth(x, qkv, rotation, slots)
+    q = append_reference.rms_norm_rope_append(x, qkv, EPS, rotation, slots)
+    for got, expected in zip((q, slots.k, slots.v), exact, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12, equal_nan=True)
 
 
 def test_what_does_not_fit_hits_no_neighbour(place):

@@ -39,8 +39,8 @@ def test_chunk_attention(place, shape, filled, dtype):
     from sparqle_kernels.chunk_attention import triton
 
     args = chunk.inputs(shape, filled, dtype)
-    out = triton.chunk_attention(*place.put(*args))
-    pytorch = chunk_reference.chunk_attention(*args)
+    out = chunk.flat(triton.chunk_attention)(*place.put(*args))
+    pytorch = chunk.flat(chunk_reference.chunk_attention)(*args)
     assert_as_exact_as_pytorch(out, pytorch, chunk.truth(*args))
 
 
@@ -57,8 +57,8 @@ def test_chunk_attention_of_unequal_and_inactive_rows(place, dtype):
             x[row, :, n:] = torch.nan
     ring_k[1], ring_v[1], position[1] = torch.nan, torch.nan, 5
     args = (q, k, v, ring_k, ring_v, position, length)
-    out = triton.chunk_attention(*place.put(*args)).cpu()
-    pytorch = chunk_reference.chunk_attention(*args)
+    out = chunk.flat(triton.chunk_attention)(*place.put(*args)).cpu()
+    pytorch = chunk.flat(chunk_reference.chunk_attention)(*args)
     for row, n in enumerate(length.tolist()):
         assert not out[row, :, n:].any()
         assert not pytorch[row, :, n:].any()
@@ -70,6 +70,40 @@ def test_chunk_attention_of_unequal_and_inactive_rows(place, dtype):
             assert_as_exact_as_pytorch(got, theirs, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_chunk_attention_reads_the_rings_of_its_rows(place, dtype):
+    """Three rows of five streams, in no order, one of them not active: its ring is NaN."""
+    from sparqle_kernels.chunk_attention import triton
+
+    q, k, v, *rings = chunk.inputs((5, 2, 17, 20, 8), 0.5, dtype)
+    rows, length = torch.tensor([3, 0, 4]), torch.tensor([17, 17, 0])
+    for ring in rings[:2]:
+        ring[4] = torch.nan
+    own = [x[rows] for x in (q, k, v)]
+    out = chunk.flat(triton.chunk_attention)(*place.put(*own, *rings, length, rows)).cpu()
+    pytorch = chunk.flat(chunk_reference.chunk_attention)(*own, *rings, length, rows)
+    expected = chunk.truth(*(x[rows[:2]] for x in (q, k, v, *rings)))
+    assert_as_exact_as_pytorch(out[:2], pytorch[:2], expected)
+    assert not out[2].any()
+    assert not pytorch[2].any()
+
+
+@pytest.mark.parametrize("n_asked", [1, 17, 33])
+def test_chunk_attention_of_the_first_frames(place, n_asked):
+    """What lies ahead is seen and does not ask; a row of two frames has fewer than ask."""
+    from sparqle_kernels.chunk_attention import triton
+
+    q, k, v, *rings = chunk.inputs((2, 2, 40, 20, 8), 0.5, torch.float32)
+    args = (q[:, :, :n_asked], k, v, *rings)
+    out = chunk.flat(triton.chunk_attention)(*place.put(*args))
+    pytorch = chunk.flat(chunk_reference.chunk_attention)(*args)
+    assert_as_exact_as_pytorch(out, pytorch, chunk.truth(q, k, v, *rings)[:, :, :n_asked])
+    length = torch.tensor([40, 2])
+    out = chunk.flat(triton.chunk_attention)(*place.put(*args, length))
+    pytorch = chunk.flat(chunk_reference.chunk_attention)(*args, length)
+    torch.testing.assert_close(out.cpu(), pytorch, atol=1e-5, rtol=1e-5)
+
+
 def test_chunk_attention_takes_the_views_that_the_encoder_has(place):
     """Heads cut out of (B, T, D), a layer of (layers, B, H, L, d): strides, not copies."""
     from sparqle_kernels.chunk_attention import triton
@@ -78,8 +112,10 @@ def test_chunk_attention_takes_the_views_that_the_encoder_has(place):
     q, k, v = torch.randn(3, 2, 5, 2, 16, generator=gen).transpose(2, 3)
     rings = torch.randn(2, 3, 2, 2, 9, 16, generator=gen)
     args = (q, k, v, rings[0, 1], rings[1, 1], torch.arange(18).view(2, 9))
-    out = triton.chunk_attention(*place.put(*args))
-    assert_as_exact_as_pytorch(out, chunk_reference.chunk_attention(*args), chunk.truth(*args))
+    out = chunk.flat(triton.chunk_attention)(*place.put(*args))
+    assert_as_exact_as_pytorch(
+        out, chunk.flat(chunk_reference.chunk_attention)(*args), chunk.truth(*args)
+    )
     assert out.transpose(1, 2).is_contiguous(), "merging the heads should be a view"
 
 
@@ -170,11 +206,11 @@ def test_the_interpreter_refuses_bfloat16(place):
     from sparqle_kernels.chunk_attention import triton
 
     with pytest.raises(NotImplementedError, match="rounding"):
-        triton.chunk_attention(*chunk.inputs((1, 1, 1, 1, 16), 1.0, torch.bfloat16))
+        chunk.flat(triton.chunk_attention)(*chunk.inputs((1, 1, 1, 1, 16), 1.0, torch.bfloat16))
 
 
 def test_nothing_to_do_is_no_error(place):
     from sparqle_kernels.chunk_attention import triton
 
     args = place.put(*chunk.inputs((2, 1, 3, 4, 8), 1.0))
-    assert triton.chunk_attention(*(x[:0] for x in args)).shape == (0, 1, 3, 8)
+    assert chunk.flat(triton.chunk_attention)(*(x[:0] for x in args)).shape == (0, 1, 3, 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparqle_kernels.chunk_attention import chunk_attention
+from sparqle_kernels.chunk_attention import Ring, chunk_attention
 from sparqle_kernels.utterance_attention import reference, utterance_attention
 from tests.kernels.exactness import assert_as_exact_as_pytorch
 
@@ -68,7 +68,9 @@ def test_it_equals_chunk_attention_over_chunks():
     position = torch.full((2, 8), -1)
     for start in range(0, 24, 4):
         now = slice(start, start + 4)
-        part = chunk_attention(q[:, :, now], k[:, :, now], v[:, :, now], ring_k, ring_v, position)
+        part = chunk_attention(
+            q[:, :, now], k[:, :, now], v[:, :, now], Ring(ring_k, ring_v, position)
+        )
         torch.testing.assert_close(part, whole[:, :, now], atol=1e-6, rtol=0)
         at = torch.arange(start, start + 4) % 8
         ring_k[:, :, at], ring_v[:, :, at] = k[:, :, now], v[:, :, now]

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
+class Ring(NamedTuple):
+    """Keys and values of past frames of all streams, and whose are read."""
+
+    k: Tensor  # (S, H, L, d)
+    v: Tensor  # (S, H, L, d)
+    position: Tensor  # (S, L) int64, -1 where nothing was written
+    rows: Tensor | None = None  # (B,) int64 stream of each row of the batch; None: B is S
+
+
 def chunk_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    ring_position: Tensor,
-    length: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, ring: Ring, length: Tensor | None = None
 ) -> Tensor:
-    """q, k, v (B, H, T, d), ring_k, ring_v (B, H, L, d), ring_position (B, L) -> (B, H, T, d)."""
+    """q (B, H, Q, d), k, v (B, H, T, d), Q at most T -> (B, H, Q, d)."""
+    ring_k, ring_v, position = ring[:3]
+    if ring.rows is not None:
+        ring_k, ring_v, position = ring_k[ring.rows], ring_v[ring.rows], position[ring.rows]
     keys = torch.cat([ring_k, k], dim=2)
     values = torch.cat([ring_v, v], dim=2)
-    written = ring_position >= 0
+    written = position >= 0
     here = written.new_ones(written.shape[0], k.shape[2])
     if length is not None:
         here = torch.arange(k.shape[2], device=k.device) < length[:, None]
@@ -29,4 +37,4 @@ def chunk_attention(
     for source in (keys, values):
         source[:, :, :n_unsure].masked_fill_(~seen[:, None, :n_unsure, None], 0.0)
     out = scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None, :])
-    return out if length is None else out.masked_fill(~here[:, None, :, None], 0.0)
+    return out if length is None else out.masked_fill(~here[:, None, : q.shape[2], None], 0.0)

@@ -43,8 +43,13 @@ def rms_norm_rope_append(
     at = position.where(active[:, None], 0)
     cos, sin = rotation.cos[at][:, None], rotation.sin[at][:, None]
     rotated = (rotated * cos + rotated.roll(d // 2, dims=-1) * sin).to(x.dtype)
-    index, at = slots.slot[active][:, None], position[active]
-    slots.k[index, :, at] = rotated[active, -n_kv:].transpose(1, 2)  # (b, R, KV, d)
-    slots.v[index, :, at] = value[active].to(x.dtype).transpose(1, 2)
+    # Nothing is read back to see who is active: who is not writes what the first active row writes,
+    # once more; where none is, everybody writes back what is there.
+    source = torch.arange(len(active), device=x.device).where(active, active.int().argmax())
+    index, at = slots.slot[source].clamp(min=0)[:, None], at[source]
+    is_new = active[source, None, None, None]
+    for kept, new in ((slots.k, rotated[:, -n_kv:]), (slots.v, value.to(x.dtype))):
+        new = new.transpose(1, 2)[source]  # (B, R, KV, d)
+        kept[index, :, at] = new.where(is_new, kept[index, :, at])
     q: Tensor = rotated[:, :-n_kv].masked_fill(~active[:, None, None, None], 0.0)
     return q

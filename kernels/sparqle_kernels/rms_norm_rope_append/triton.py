@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @triton.jit
 def rms_norm_rope_append_fwd(
     x, qkv, cos, sin, k, v, slot, start, q,
-    eps, E, d, N, x_b, x_r, qkv_b, qkv_r, k_s, k_h, k_n, v_s, v_h, v_n, q_b, q_h, q_r,
-    R: tl.constexpr, H: tl.constexpr, KV: tl.constexpr,
+    eps, R, E, d, N, x_b, x_r, qkv_b, qkv_r, k_s, k_h, k_n, v_s, v_h, v_n, q_b, q_h, q_r,
+    H: tl.constexpr, KV: tl.constexpr,
     BE: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     i_b, i_r = (tl.program_id(0) // R).to(tl.int64), tl.program_id(0) % R
@@ -81,11 +81,11 @@ def launches(
         {
             **{"x": x, "qkv": qkv, "cos": rotation.cos, "sin": rotation.sin},
             **slots._asdict(),
-            **{"q": q, "eps": float(eps), "E": width, "d": d, "N": n_slot},
+            **{"q": q, "eps": float(eps), "R": n_rows, "E": width, "d": d, "N": n_slot},
             **strides,
         },
         {
-            **{"R": n_rows, "H": n_heads, "KV": n_kv},
+            **{"H": n_heads, "KV": n_kv},
             **{"BE": tile(width), "BH": tile(n_heads + 2 * n_kv, low=1), "BD": tile(d)},
         },
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch.nn.functional import rms_norm
 
 if TYPE_CHECKING:
@@ -11,8 +12,9 @@ if TYPE_CHECKING:
 
 
 def stop_head(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor, stop_at: float
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x (B, E), norm, weight (E,), bias (1,) -> hidden (B, E), is_stop (B,)."""
+    """x (B, E), norm, weight (E,), bias (1,) -> hidden (B, E), logit (B,) at least float32."""
     hidden = rms_norm(x, norm.shape, norm, eps)
-    return hidden, ~(hidden @ weight + bias <= stop_at)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return hidden, hidden.to(exact) @ weight.to(exact) + bias.to(exact)

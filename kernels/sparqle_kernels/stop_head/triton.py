@@ -1,4 +1,4 @@
-"""`stop_head` in Triton: a program owns one row; norm, dot and comparison in one trip to memory."""
+"""`stop_head` in Triton: a program owns one row; norm and dot in one trip to memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def stop_head_fwd(
-    x, norm, weight, bias, hidden, is_stop, E, eps, stop_at, BE: tl.constexpr
+    x, norm, weight, bias, hidden, logit, E, eps, BE: tl.constexpr
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     o_e = tl.arange(0, BE)
@@ -28,35 +28,33 @@ def stop_head_fwd(
     tl.store(hidden + i_b * E + o_e, b_h, mask=m_e)
     b_w = tl.load(weight + o_e, mask=m_e, other=0.0).to(tl.float32)
     b_logit = tl.sum(b_h.to(tl.float32) * b_w, 0) + tl.load(bias).to(tl.float32)
-    is_more = b_logit <= stop_at
-    tl.store(is_stop + i_b, is_more == 0)
+    tl.store(logit + i_b, b_logit)
 
 
 def launches(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor, stop_at: float
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The launch, and the hidden (B, E) and is_stop (B,) that it fills."""
+    """The launch, and the hidden (B, E) and logit (B,) that it fills."""
     x = x.contiguous()
     hidden = torch.empty_like(x)
-    is_stop = x.new_empty(len(x), dtype=torch.bool)
+    logit = x.new_empty(len(x), dtype=torch.float32)
     launch = Launch(
         stop_head_fwd,
         (len(x),),
         {
             **{"x": x, "norm": norm.contiguous(), "weight": weight.contiguous(), "bias": bias},
-            **{"hidden": hidden, "is_stop": is_stop, "E": x.shape[1]},
-            **{"eps": float(eps), "stop_at": float(stop_at)},
+            **{"hidden": hidden, "logit": logit, "E": x.shape[1], "eps": float(eps)},
         },
         {"BE": tile(x.shape[1])},
     )
-    return [launch], (hidden, is_stop)
+    return [launch], (hidden, logit)
 
 
 def stop_head(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor, stop_at: float
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `reference.stop_head`; forward only."""
-    todo, out = launches(x, norm, eps, weight, bias, stop_at)
+    todo, out = launches(x, norm, eps, weight, bias)
     for launch in todo:
         launch.run()
     return out

@@ -1,24 +1,35 @@
 """Batch: one step of the model's stages for all sessions that have a chunk.
 
 In: sessions by row, each with a chunk of the same shape. Out: tokens by row. Contract: rows without
-a chunk keep their state, so what a session gets does not depend on who else is in the batch.
+a chunk keep their state, so what a session gets does not depend on who else is in the batch; nor
+does whether it gets anything: what fails in one row's session, in what it says about its chunk or
+in its writer is in `StepResult.failed`, and the others go on. What the stages themselves raise is
+everybody's: their state is written in place, so no row may be tried again.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from sparqle_stream.errors import ModelError
 from sparqle_stream.session import Start
+from sparqle_stream.stages import StepResult
+from sparqle_stream.writer import Greedy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
     from typing import Any
 
     from sparqle_stream.decode import Writer
     from sparqle_stream.models import Model
     from sparqle_stream.session import Session, Turn
-    from sparqle_stream.stages import Floats, StepResult
+    from sparqle_stream.stages import Floats
+
+Failed = dict[int, Exception]
 
 
 class Batch:
@@ -26,6 +37,7 @@ class Batch:
 
     def __init__(self, model: Model, n_slots: int) -> None:
         self.stages = model.make_stages(n_slots)
+        self._vocab = model.cfg.llm.vocab
 
     def working(self, threads: int) -> AbstractContextManager[Any]:
         """What the thread that calls the rest must hold."""
@@ -43,21 +55,93 @@ class Batch:
 
         `Session.take` must follow with its row's tokens.
         """
-        turns = {row: session.next_turn() for row, session in sessions.items()}
+        failed: Failed = {}
+        turns = self._turns(sessions, failed)
+        if not turns:
+            return StepResult({}, failed=failed)
         if begins := _prefixes(turns, Start.SEGMENT):
             self.stages.begin(begins)
         if seams := _prefixes(turns, Start.SEAM):
             self.stages.seam(seams, {row: turns[row].n_again for row in seams})
 
         def hear(row: int, log_probs: Floats) -> Writer:
-            return sessions[row].hear(log_probs)
+            try:
+                _check_heard(log_probs)
+                return _Guarded(row, sessions[row].hear(log_probs), failed)
+            except Exception as err:  # noqa: BLE001 - one row's failure is its own
+                failed[row] = err
+                return Greedy(n_most=0)
 
-        return self.stages.step(
+        result = self.stages.step(
             {row: turn.pcm for row, turn in turns.items()},
-            {row: session.wait_ms for row, session in sessions.items()},
+            {row: sessions[row].wait_ms for row in turns},
             next(iter(sessions.values())).ahead_frames,
             hear,
         )
+        return replace(result, failed=failed)
+
+    def _turns(self, sessions: Mapping[int, Session], failed: Failed) -> dict[int, Turn]:
+        """What the rows ask for, as far as it can be run: nothing is written before that."""
+        turns: dict[int, Turn] = {}
+        for row, session in sessions.items():
+            try:
+                turn = session.next_turn()
+                _check_turn(turn, session.options.chunk_samples, self._vocab)
+                turns[row] = turn
+            except Exception as err:  # noqa: BLE001 - one row's failure is its own
+                failed[row] = err
+        return turns
+
+
+class _Guarded:
+    """A writer whose failure is its row's: it writes nothing more, and the others do not notice."""
+
+    def __init__(self, row: int, writer: Writer, failed: Failed) -> None:
+        self.n_most = writer.n_most
+        self._row, self._writer, self._failed = row, writer, failed
+
+    def goes_on(self, stop: float) -> bool:
+        try:
+            return self._row not in self._failed and self._writer.goes_on(stop)
+        except Exception as err:  # noqa: BLE001
+            return self._fail(err)
+
+    def suggest(self) -> list[int]:
+        try:
+            return self._writer.suggest()
+        except Exception as err:  # noqa: BLE001
+            self._fail(err)
+            return [0]  # any: it is not asked what it picks
+
+    def pick(self, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
+        try:
+            return [] if self._row in self._failed else self._writer.pick(ids, scores)
+        except Exception as err:  # noqa: BLE001
+            self._fail(err)
+            return []
+
+    def is_over(self) -> bool:
+        try:
+            return self._row in self._failed or self._writer.is_over()
+        except Exception as err:  # noqa: BLE001
+            return not self._fail(err)
+
+    def _fail(self, err: Exception) -> bool:
+        self._failed[self._row] = err
+        return False
+
+
+def _check_turn(turn: Turn, n_samples: int, vocab: int) -> None:
+    """One row with a wrong shape, or a token that there is not, would fail the step of all."""
+    if turn.pcm.shape != (n_samples,) or not np.isfinite(turn.pcm).all():
+        raise ValueError(f"a chunk of shape {turn.pcm.shape}, not of {n_samples} finite samples")
+    if turn.prefix and not 0 <= min(turn.prefix) <= max(turn.prefix) < vocab:
+        raise ValueError(f"a prefix with tokens that are not of {vocab}")
+
+
+def _check_heard(log_probs: Floats) -> None:
+    if np.isnan(log_probs).any():
+        raise ModelError("the model heard what is no number", hint="connect again, and report it")
 
 
 def _prefixes(turns: Mapping[int, Turn], start: Start) -> dict[int, list[int]]:

@@ -117,7 +117,8 @@ def stream_options(args: Namespace) -> StreamOptions:
     return StreamOptions(
         chunk_ms=args.chunk_ms,
         delay_ms=args.delay_ms,
-        prompt=tasks.with_instruction(tasks.name_of(args.task, args.to), args.prompt),
+        prompt=args.prompt,
+        instruction=tasks.instruction(tasks.name_of(args.task, args.to)),
         vad=VadConfig(kind=args.vad, stop_ms=args.vad_stop),
     )
 

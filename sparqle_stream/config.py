@@ -175,6 +175,7 @@ class StreamOptions:
     chunk_ms: int = 320
     delay_ms: int = 240
     prompt: str = ""
+    instruction: str = ""  # of the server's task: stands after any prompt, whoever gives it
     vad: VadConfig = field(default_factory=VadConfig)
     max_segment_s: float = 24.0
 

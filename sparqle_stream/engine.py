@@ -27,6 +27,7 @@ from sparqle_stream.errors import (
     ConfigError,
     ProtocolError,
     SparqleError,
+    StepError,
 )
 from sparqle_stream.metrics import EngineMetrics, Histogram
 from sparqle_stream.session import Session
@@ -262,7 +263,7 @@ class Engine:
         start = time.perf_counter()
         session = stream.session
         if session is None:
-            self._batch.wipe(stream.row)
+            self._wipe(stream.row)
             session = Session(self.model, stream.options, self.cfg.context_words)
             stream.session = session
             options = stream.options
@@ -290,12 +291,13 @@ class Engine:
         start = time.perf_counter()
         try:
             result = self._batch.run({s.row: session for s, session in sessions.items()})
-        except Exception as err:  # noqa: BLE001 - the rows of one batch cannot be told apart
-            for stream in sessions:
-                self._fail(stream, err)
+        except Exception as err:  # noqa: BLE001 - `Batch` knows which failures are one row's own
+            self._fail_step(list(sessions), err)
             return
         for stream, session in sessions.items():
             try:
+                if (own := result.failed.get(stream.row)) is not None:
+                    raise own
                 for event in session.take(result.tokens[stream.row]):
                     self._emit(stream, event)
             except Exception as err:  # noqa: BLE001 - one stream's failure is its own
@@ -306,12 +308,37 @@ class Engine:
         self._account(stages, sessions)
         with self._change:
             self._metrics.steps += 1
+            self._metrics.failing_steps = 0
             self._metrics.chunks += len(sessions)
             self._metrics.step_seconds.add(seconds)
             for session in sessions.values():
                 session.step_seconds.add(seconds)
                 self._metrics.add_counts(session.counts)
             self._change.notify_all()  # there is room for more audio
+
+    def _wipe(self, row: int) -> None:
+        try:
+            self._batch.wipe(row)
+        except Exception:  # the device itself: whoever comes next will not fare better
+            self._count_failure()
+            raise
+
+    def _fail_step(self, streams: list[Stream], err: Exception) -> None:
+        """Ends all streams of a step. State is written in place: no row may be heard again."""
+        self._count_failure()
+        if not isinstance(err, SparqleError):
+            log.error("a step of %d streams failed", len(streams), exc_info=err)
+            err = StepError(
+                f"a step of {len(streams)} streams failed: {type(err).__name__}: {err}",
+                hint="open a new stream; if it happens again, please report it",
+            )
+        for stream in streams:
+            self._fail(stream, err)
+
+    def _count_failure(self) -> None:
+        with self._change:
+            self._metrics.steps_failed += 1
+            self._metrics.failing_steps += 1
 
     def _account(self, seconds: dict[str, float], sessions: dict[Stream, Session]) -> None:
         """Wall clock per stage, shared evenly by the streams it was spent on."""

@@ -50,6 +50,12 @@ class BusyError(SparqleError):
     code = "busy"
 
 
+class StepError(SparqleError):
+    """A step that several streams shared failed, and nobody can tell through which of them."""
+
+    code = "internal"
+
+
 class BacklogError(SparqleError):
     """A stream sent audio faster than it can be captioned, past the agreed backlog."""
 

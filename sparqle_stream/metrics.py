@@ -63,6 +63,8 @@ class EngineMetrics:
     streams_failed: int = 0  # ended by an Error event
     backlogs: int = 0  # of these, because the backlog was full
     steps: int = 0  # batched steps
+    steps_failed: int = 0  # ended by an error that was nobody's own: all their streams failed
+    failing_steps: int = 0  # of these, since the last one that went well
     chunks: int = 0  # rows of all steps
     seams: int = 0  # long segments cut without a pause
     loops_stopped: int = 0  # repeated n-grams that ended a segment's text

@@ -166,10 +166,10 @@ class Session:
 
     def _begin(self, start: Start, n_again: int) -> Turn:
         assert self._chunk is not None
+        # The prompt first: what is too long loses its beginning, and must not lose the task.
         context = self._captions.context(self._n_context_words)
-        prefix = stages.prefix_ids(
-            self._model.tokenizer, f"{self.options.prompt} {context}".strip()
-        )
+        told = (self.options.prompt, self.options.instruction, context)
+        prefix = stages.prefix_ids(self._model.tokenizer, " ".join(filter(None, told)))
         self._slot = _Slot(n_used=len(prefix) + n_again, since=self._chunk.start)
         self._n_segment += 1
         return Turn(self._chunk.pcm, start, prefix, n_again)

@@ -34,6 +34,7 @@ N_RECENT = (DELAY_MS_RANGE[1] + CHUNK_MS_RANGE[1]) // QUERY_MS
 class StepResult:
     tokens: dict[int, list[int]]  # of each row that had a chunk
     seconds: dict[str, float] = field(default_factory=dict)  # wall clock per stage
+    failed: dict[int, Exception] = field(default_factory=dict)  # rows whose own fault it was
 
 
 class Laps:

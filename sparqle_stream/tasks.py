@@ -60,15 +60,6 @@ def instruction(name: str) -> str:
     return "Answer the question:" if task == "answer" else ""
 
 
-def with_instruction(name: str, prompt: str) -> str:
-    """The prompt of a stream that is asked for `name`: last, as long prompts are cut in front.
-
-    >>> with_instruction("translate to de", "Dr. Smith")
-    'Dr. Smith Translate into German:'
-    """
-    return f"{prompt} {instruction(name)}".strip()
-
-
 def require(name: str, known: Sequence[str]) -> None:
     """Raises ConfigError unless the task is among those that a model was trained for."""
     if name not in known:

@@ -80,3 +80,12 @@ def test_the_prompt_stands_before_every_segment(engine):
     prefixes = engine._batch.seam_prefixes
     assert prefixes
     assert all(prefix.split()[:3] == ["names", "are", "here"] for prefix in prefixes)
+
+
+def test_the_task_stands_between_prompt_and_context(engine):
+    """A long prompt loses its beginning, what was said is the newest: the task is never lost."""
+    told = {"prompt": "names " * 60 + "are here", "instruction": "Write it down:"}
+    engine.transcribe(say(vocabulary(40)), StreamOptions(vad=OFF, max_segment_s=4.0, **told))
+    prefixes = engine._batch.seam_prefixes
+    assert prefixes
+    assert all(" names are here Write it down: " in prefix for prefix in prefixes)

@@ -14,15 +14,15 @@ def options(*argv):
 
 
 def test_transcription_needs_no_words():
-    assert options().prompt == ""
-    assert options("--task", "transcribe", "--prompt", "Dr. Smith").prompt == "Dr. Smith"
+    assert (options().prompt, options().instruction) == ("", "")
+    assert options("--task", "transcribe", "--prompt", "Dr. Smith").instruction == ""
 
 
-def test_a_task_is_asked_for_after_the_prompt():
-    """A prompt that is too long loses its beginning, and must not lose the task."""
+def test_a_task_is_no_part_of_the_prompt():
+    """A client's prompt takes the place of the server's, and must not take the task's."""
     given = options("--task", "translate", "--to", "de", "--prompt", "Dr. Smith")
-    assert given.prompt == "Dr. Smith Translate into German:"
-    assert options("--task", "answer").prompt == "Answer the question:"
+    assert (given.prompt, given.instruction) == ("Dr. Smith", "Translate into German:")
+    assert options("--task", "answer").instruction == "Answer the question:"
 
 
 @pytest.mark.parametrize(

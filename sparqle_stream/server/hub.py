@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 POLL_S = 0.05
 FLUSH_S = 5.0  # for the last words of streams that a drain ends
+FAILING_STEPS = 3  # in a row: what a broken device does, and hardly any input
 CLOSE_S = 1.0  # for the close frame of those that had none
 
 
@@ -57,6 +58,11 @@ class Hub:
     @property
     def is_full(self) -> bool:
         return len(self.connections) >= self.engine.cfg.n_slots
+
+    @property
+    def is_failing(self) -> bool:
+        """No step succeeds any more: only a new process can help."""
+        return self.engine.metrics().failing_steps >= FAILING_STEPS
 
     @property
     def model(self) -> str:

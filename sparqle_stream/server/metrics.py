@@ -34,6 +34,7 @@ COUNTERS = {
     "streams_failed": "streams that an error ended",
     "backlogs": "streams that sent faster than they could be captioned",
     "steps": "batched steps of the model",
+    "steps_failed": "steps that failed and ended all of their streams",
     "chunks": "chunks of streams in those steps",
     "seams": "long utterances that were cut without a pause",
     "loops_stopped": "utterances that were ended because they repeated themselves",

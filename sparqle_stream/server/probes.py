@@ -27,15 +27,17 @@ def routes() -> list[Route]:
 
 
 async def health(http: Request) -> JSONResponse:
-    """200 while the process can answer, whatever its load."""
-    return JSONResponse({"status": "ok", "version": __version__})
+    """200 while the process can answer, whatever its load; 503 when no step succeeds any more."""
+    hub: Hub = http.app.state.hub
+    status = "failing" if hub.is_failing else "ok"
+    return JSONResponse({"status": status, "version": __version__}, 503 if hub.is_failing else 200)
 
 
 async def ready(http: Request) -> JSONResponse:
-    """200 while a new stream would be served; 503 while draining or full."""
+    """200 while a new stream would be served; 503 while draining, full or failing."""
     hub: Hub = http.app.state.hub
     n_slots = hub.engine.cfg.n_slots
-    is_ready = not (hub.is_draining or hub.is_full)
+    is_ready = not (hub.is_draining or hub.is_full or hub.is_failing)
     state = {
         "ready": is_ready,
         "model": hub.model,

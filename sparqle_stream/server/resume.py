@@ -67,7 +67,7 @@ class Ledger:
             for w in event.words
         )
         is_first, self._has_text = not self._has_text, True
-        known = [w for w in words if (w.start + w.end) / 2 <= self.after + SAME_WORD_S]
+        known = [w for w in words if self._is_known(w)]
         text = event.text
         for word in known:
             _, found, rest = text.partition(word.word)
@@ -80,6 +80,10 @@ class Ledger:
         self._last_word_end = max([self._last_word_end, *(w.end for w in words)])
         segment = event.segment + self.first_segment
         return replace(event, text=text, words=words, segment=segment)
+
+    def _is_known(self, word: messages.Word) -> bool:
+        """Whether the client has it; one that has none may hear a word at the very start."""
+        return self.after > 0 and (word.start + word.end) / 2 <= self.after + SAME_WORD_S
 
     # --- acknowledging ---------------------------------------------------------------------------
 

@@ -87,9 +87,9 @@ JSON_VALUES = [None, True, -1, 0.5, 1e999, "x" * 300, "\ud800", [], {}, [[]], {"
 class Tolerant(testing.OracleBatch):
     """An oracle that hears letters in any noise: others are no letters of its alphabet."""
 
-    def _hear(self, row, turn):
+    def _hear(self, row, turn, ahead_frames):
         loudest = 50 / testing.CODE_LEVELS
-        return super()._hear(row, replace(turn, pcm=np.clip(turn.pcm, 0, loudest)))
+        return super()._hear(row, replace(turn, pcm=np.clip(turn.pcm, 0, loudest)), ahead_frames)
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +223,11 @@ def test_bent_frames(engine, path):
         settle(engine, hub)
 
     n_most = N_FRAMES // 6 - 1200
-    asyncio.run(run(300))
+    # What comes once, such as the detector with its onnxruntime, has come after half of them.
+    asyncio.run(run(max(300, n_most // 2)))
     gc.collect()
     n_before = sys.getallocatedblocks()
-    asyncio.run(run(n_most))
+    asyncio.run(run(n_most // 2))
     gc.collect()
     n_grown = sys.getallocatedblocks() - n_before
     assert n_grown < 5000, f"{n_grown} objects are left behind"

@@ -24,7 +24,7 @@ from websockets.sync.client import connect
 from sparqle_stream import messages, server, testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.errors import ConfigError
-from sparqle_stream.server import logs, request
+from sparqle_stream.server import hub, logs, request
 from sparqle_stream.server.connection import Pace
 
 REPO = Path(__file__).parents[2]
@@ -313,3 +313,28 @@ def test_the_command_logs_json_and_says_where_the_page_is():
 def test_a_name_that_leads_here_is_not_yet_a_friend(origin, host, settings, is_allowed):
     """DNS rebinding: a page of somebody's domain whose address is suddenly this machine's."""
     assert request._is_allowed(origin, host, server.ServerConfig(**settings)) is is_allowed
+
+
+def test_a_server_whose_steps_all_fail_wants_to_be_restarted(monkeypatch):
+    """An orchestrator cannot tell it from a healthy one otherwise: it answers, and is idle."""
+    with testing.oracle_engine(EngineConfig(n_slots=3)) as engine, serving(engine) as url:
+        run_batch = engine._batch.run
+
+        def broken(_):
+            raise RuntimeError("device lost")
+
+        monkeypatch.setattr(engine._batch, "run", broken)
+        for _ in range(hub.FAILING_STEPS):
+            assert get(url, "/healthz")[0] == get(url, "/readyz")[0] == 200
+            error = run(url, SPEECH, vad="off")[-1]
+            assert (error.code, error.message) == (
+                "internal",
+                "a step of 1 streams failed: RuntimeError: device lost",
+            )
+        assert get(url, "/healthz")[0] == get(url, "/readyz")[0] == 503
+        assert get(url, "/healthz")[1]["status"] == "failing"
+        page = fetch(url, "/metrics")[1]
+        assert value(page, "sparqle_steps_failed_total") == hub.FAILING_STEPS
+        monkeypatch.setattr(engine._batch, "run", run_batch)  # it came back: nobody was locked out
+        assert isinstance(run(url, SPEECH, vad="off")[-1], messages.Done)
+        assert get(url, "/healthz")[0] == get(url, "/readyz")[0] == 200

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from sparqle_stream import audio, messages
 from sparqle_stream.audio import AudioFormat
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.engine import Engine
+from sparqle_stream.server import fields, openai_session, stream
 
 
 def heard(fmt: AudioFormat, data: bytes):
@@ -105,6 +106,22 @@ def test_options_of_the_query_reach_the_engine(engine, url, speech):
     assert _times(events) == _times(expected)
 
 
+def test_a_prompt_does_not_take_the_place_of_the_servers_task():
+    """In no dialect: the instruction stays, whatever the client says was said before."""
+    server = StreamOptions(prompt="ours", instruction="Translate into German:")
+    asked = [
+        stream.parse({"prompt": "theirs"}, server).options,
+        fields.with_prompt(server, "theirs"),
+        replace(
+            openai_session.SessionConfig.default("tiny", server), prompt="theirs"
+        ).stream_options(server),
+    ]
+    assert [o.prompt for o in asked] == ["theirs", "ours theirs", "theirs"]
+    assert {o.instruction for o in asked} == {"Translate into German:"}
+    told = openai_session.to_wire("id", openai_session.SessionConfig.default("tiny", server))
+    assert "Translate" not in str(told)
+
+
 def _times(events):
     kinds = (messages.SpeechStarted, messages.SpeechStopped)
     return [(type(e), round(e.time, 3)) for e in events if isinstance(e, kinds)]
@@ -114,7 +131,10 @@ def test_eight_clients_share_the_batch_and_none_notices(engine, url, speech):
     """Different audio, chunk sizes and packets at once: each gets what it gets alone."""
     short = speech[: 5 * SAMPLE_RATE_HZ // 2]
     jobs = [(np.roll(short, 4_000 * i), 320 if i % 2 else 160, 2_000 + 777 * i) for i in range(8)]
-    alone = [engine.transcribe(pcm, StreamOptions(chunk_ms=ms)) for pcm, ms, _ in jobs]
+    wire = AudioFormat("s16le", SAMPLE_RATE_HZ, 1)
+    alone = [
+        engine.transcribe(heard(wire, s16(pcm)), StreamOptions(chunk_ms=ms)) for pcm, ms, _ in jobs
+    ]
 
     def one(job):
         pcm, chunk_ms, packet = job

@@ -282,6 +282,13 @@ def test_words_that_the_client_has_are_dropped():
     assert ledger.translate(final((0.2, 0.5), text=" old")) is None
 
 
+def test_a_word_at_the_very_start_is_no_old_one():
+    """A client that has no word yet gets all of them, one of no length at 0 too."""
+    words = (messages.Word("oh", 0.0, 0.0, 0.5), messages.Word("no", 0.0, 0.2, 0.5))
+    final = messages.Final("oh no", words, 0, 0.5)
+    assert Ledger().translate(final) == final
+
+
 def test_a_new_word_gets_its_space():
     assert Ledger(origin=10.0, after=9.0).translate(final((0.2, 0.5), text="new")).text == " new"
     assert Ledger(origin=10.0).translate(final((0.2, 0.5), text="new")).text == "new"

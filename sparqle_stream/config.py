@@ -211,7 +211,7 @@ class BeamConfig:
     """
 
     lm_weight: float = 0.65  # of word n-grams
-    word_bonus: float = 2.2  # for each word, against the n-grams' liking for few
+    word_bonus: float = 1.8  # for each word, against the n-grams' liking for few
     spell_cost: float = 8.0  # of a word that is in no lexicon
     letter_cost: float = 0.8  # of each of its letters
     size: int = 64  # hypotheses

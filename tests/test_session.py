@@ -59,3 +59,18 @@ def test_words_leave_whole_however_slowly_they_may_be_written(engine, monkeypatc
     out = words_of(engine.transcribe(pcm, OPTIONS))
     assert [w.word for w in out] == words
     assert len({w.emitted for w in out}) >= 4
+
+
+@pytest.mark.parametrize("chunk_ms", [80, 320])
+def test_times_of_words_know_nothing_of_the_delay(engine, chunk_ms):
+    """Look-ahead is a lag of the encoder; what it spends of the delay must not show in the times."""
+    pcm, said = say(vocabulary(12)), {}
+    for delay_ms in (0, 100, 240, 320, 400, 960):
+        options = StreamOptions(vad=OFF, chunk_ms=chunk_ms, delay_ms=delay_ms)
+        words = words_of(engine.transcribe(pcm, options))
+        said[delay_ms] = [(w.word, w.start, w.end) for w in words]
+        late = [w.emitted - w.end for w in words[:-4]]  # the end of the stream brings the last
+        assert min(late) >= delay_ms / 1000 - 0.081
+        assert max(late) <= (delay_ms + chunk_ms) / 1000 + 0.081
+    assert len(said[0]) == 12
+    assert all(words == said[0] for words in said.values())

@@ -63,7 +63,7 @@ def test_words_leave_whole_however_slowly_they_may_be_written(engine, monkeypatc
 
 @pytest.mark.parametrize("chunk_ms", [80, 320])
 def test_times_of_words_know_nothing_of_the_delay(engine, chunk_ms):
-    """Look-ahead is a lag of the encoder; what it spends of the delay must not show in the times."""
+    """Look-ahead is a lag of the encoder; what it takes of the delay must not show in them."""
     pcm, said = say(vocabulary(12)), {}
     for delay_ms in (0, 100, 240, 320, 400, 960):
         options = StreamOptions(vad=OFF, chunk_ms=chunk_ms, delay_ms=delay_ms)

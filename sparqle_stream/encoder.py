@@ -190,10 +190,10 @@ def step(
         _write_ring(state.k[i], rows, new_position, k[:, :, :n_new])
         _write_ring(state.v[i], rows, new_position, v[:, :, :n_new])
     state.ring_position.index_put_(
-        (rows[:, None], new_position[:, -encoder.cfg.left_frames :] % encoder.cfg.left_frames),
-        new_position[:, -encoder.cfg.left_frames :],
+        (rows[:, None], new_position[:, -cfg.left_frames :] % cfg.left_frames),
+        new_position[:, -cfg.left_frames :],
     )
-    state.mel_tail[rows] = mel[:, -encoder.cfg.mel_tail :]
+    state.mel_tail[rows] = mel[:, -cfg.mel_tail :]
     state.position[rows] += n_new
     return state, chosen.put(normed.to(mel.dtype))
 

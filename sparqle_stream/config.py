@@ -22,7 +22,7 @@ DELAY_MS_RANGE = (0, 960)
 FRAME_LAG_SAMPLES = 640
 LOOK_BACK_SAMPLES = 360  # before a mel frame's own hop
 FLOOR_DB8 = 8.0  # Whisper clamps its log-mel at maximum - 8, in log10 units
-FIRST_PEAK = 1.0  # level that the gain assumes before it has heard anything
+FIRST_PEAK = 1.0  # log10 level that the gain assumes before it has heard anything
 MEL_TAIL = 3  # mel frames that the encoder's stem looks back
 SILENT_MEL = (1.5 - FLOOR_DB8 + 4.0) / 4.0  # features of digital silence
 
@@ -236,7 +236,9 @@ class WriterConfig:
     llm_weight: float = 0.15  # of the LLM's log-probability beside what was heard
     stop_threshold: float = 0.5  # without a lexicon: probability above which a chunk's text ends
     mark_odds: float = 3.0  # log-odds against stopping that punctuation takes
-    quiet_frames: int = 12  # of CTC (40 ms) without a piece, after which a word is over
+    quiet_frames: int = 8  # of CTC (40 ms) without a piece, after which a word is over
+    sure: float = 0.7  # share of the readings' probability that a word needs ...
+    patience_frames: int = 20  # ... unless it is as old as this, in frames of CTC
 
     def __post_init__(self) -> None:
         if not (self.llm_weight >= 0 and 0 < self.stop_threshold < 1):
@@ -244,6 +246,8 @@ class WriterConfig:
                 "llm_weight must be 0 or more and stop_threshold between 0 and 1",
                 hint="see WriterConfig",
             )
+        if not 0 <= self.sure <= 1:
+            raise ConfigError(f"sure is a share from 0 to 1, not {self.sure}", hint="0.7 is usual")
 
 
 @dataclass(frozen=True, slots=True)

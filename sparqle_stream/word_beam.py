@@ -323,14 +323,13 @@ class WordBeam:
     # --- reading ---------------------------------------------------------------------------------
 
     def candidates(self) -> tuple[list[Candidate], float, float]:
-        """Next words, best first; the log mass of all hypotheses, and of those without a word.
+        """Next words, best first; the log mass of all readings counted, and of those without a word.
 
-        A word that is open counts as if it ended here, where it can.
+        A word that is open counts as if it ended here, where it can, and not at all elsewhere.
         """
         mass, scores = self._now.mass().tolist(), self._now.scores().tolist()
         best: dict[str, tuple[float, Word, bool]] = {}
         sums: dict[str, float] = {}
-        everything = float(np.logaddexp.reduce(scores))
         nothing = NEVER
         for i, (hist, node, began, moved, _, ends, *_) in enumerate(self._now.ints.T.tolist()):
             words, score = self._histories[hist].words, scores[i]
@@ -348,6 +347,7 @@ class WordBeam:
             if word.text not in best or score > best[word.text][0]:
                 best[word.text] = (score, word, bool(words))
         found = [Candidate(w, sums[text], closed) for text, (_, w, closed) in best.items()]
+        everything = float(np.logaddexp.reduce([nothing, *sums.values()]))
         return sorted(found, key=lambda c: -c.score), everything, nothing
 
     def readings(self) -> list[tuple[tuple[str, ...], float]]:

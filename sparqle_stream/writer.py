@@ -67,14 +67,19 @@ class Hearing:
     may_mark: bool = False  # the text ends in a word that punctuation may follow
 
     def due(self, n_delay: int, *, is_last: bool) -> list[Candidate]:
-        """What the next word may be, best first; nothing while none is over and old enough."""
-        found, _, nothing = self.beam.candidates()
+        """What the next word may be, best first; nothing while none is over and old enough.
+
+        What is said next often decides what was said: a word waits until most readings agree on
+        it, or it is too old.
+        """
+        found, everything, nothing = self.beam.candidates()
         if not found or nothing > found[0].score:
             return []
-        best = found[0]
+        best, cfg = found[0], self.cfg
         age = self.beam.n_frames - best.word.end
-        is_over = best.is_closed or age >= self.cfg.quiet_frames
-        if not is_last and (age < n_delay or not is_over):
+        is_over = best.is_closed or age >= cfg.quiet_frames
+        is_sure = math.exp(best.score - everything) >= cfg.sure or age >= cfg.patience_frames
+        if not is_last and (age < n_delay or not (is_over and is_sure)):
             return []
         return found[:MOST_CANDIDATES]
 

@@ -82,9 +82,15 @@ def test_what_was_heard_outweighs_what_the_llm_expects(vocabulary, lexicon):
     assert write_all(Joint(heard, 9, 0), vocabulary, {" car": -0.1, ".": -9.0}) == [" cat", " sat"]
 
 
-def test_the_llm_decides_where_hearing_is_unsure(vocabulary, lexicon):
-    unsure = frames(lexicon, "cat", gap=14)
+def cat_or_car(lexicon, *rest: str, gap: int) -> np.ndarray:
+    """The first word is either, as likely."""
+    unsure = frames(lexicon, "cat", *rest, gap=gap)
     unsure[2] = np.logaddexp(unsure[2], frames(lexicon, "car")[2]) - np.log(2)
+    return unsure
+
+
+def test_the_llm_decides_where_hearing_is_unsure(vocabulary, lexicon):
+    unsure = cat_or_car(lexicon, gap=CFG.patience_frames)
     for best, other in ((" cat", " car"), (" car", " cat")):
         heard = hearing(vocabulary, lexicon, unsure)
         assert write_all(Joint(heard, 9, 0), vocabulary, {best: -0.5, other: -3.0}) == [best]
@@ -102,6 +108,17 @@ def test_a_word_waits_for_its_delay_and_its_end(vocabulary, lexicon):
     assert write_all(Joint(heard, 9, n_delay=0), vocabulary, {}) == []  # nothing followed yet
     heard.beam.hear(frames(lexicon, "sat", gap=12)[3:])  # half a second of blanks
     assert write_all(Joint(heard, 9, n_delay=5), vocabulary, {}) == [" sat"]
+
+
+def test_an_unsure_word_waits_for_what_is_said_next_but_not_for_ever(vocabulary, lexicon):
+    unsure = cat_or_car(lexicon, "sat", "a", gap=3)
+    assert write_all(Joint(hearing(vocabulary, lexicon, unsure), 9, 0), vocabulary, {}) == []
+    sure = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat", "a", gap=3))
+    assert write_all(Joint(sure, 9, 0), vocabulary, {}) == [" cat", " sat"]
+    old = hearing(vocabulary, lexicon, cat_or_car(lexicon, "sat", "a", gap=CFG.patience_frames))
+    assert len(write_all(Joint(old, 9, 0), vocabulary, {})) == 3
+    ended = Joint(hearing(vocabulary, lexicon, unsure), 9, 0, is_last=True)
+    assert len(write_all(ended, vocabulary, {})) == 3
 
 
 def test_a_segments_end_makes_everything_due(vocabulary, lexicon):
@@ -141,6 +158,12 @@ def test_greedy_writes_until_the_stop_head_says_so():
         [5]
     ] * 2
     assert not greedy.goes_on(-1.0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_is_between_0_and_1(share):
+    with pytest.raises(ConfigError, match="sure"):
+        WriterConfig(sure=share)
 
 
 def test_a_weight_below_zero_is_refused():

@@ -237,7 +237,7 @@ class WriterConfig:
     stop_threshold: float = 0.5  # without a lexicon: probability above which a chunk's text ends
     mark_odds: float = 3.0  # log-odds against stopping that punctuation takes
     quiet_frames: int = 8  # of CTC (40 ms) without a piece, after which a word is over
-    sure: float = 0.7  # share of the readings' probability that a word needs ...
+    sure: float = 0.8  # share of the readings' probability that a word needs ...
     patience_frames: int = 20  # ... unless it is as old as this, in frames of CTC
 
     def __post_init__(self) -> None:
@@ -247,7 +247,7 @@ class WriterConfig:
                 hint="see WriterConfig",
             )
         if not 0 <= self.sure <= 1:
-            raise ConfigError(f"sure is a share from 0 to 1, not {self.sure}", hint="0.7 is usual")
+            raise ConfigError(f"sure is a share from 0 to 1, not {self.sure}", hint="0.8 is usual")
 
 
 @dataclass(frozen=True, slots=True)

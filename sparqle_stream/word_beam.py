@@ -325,7 +325,8 @@ class WordBeam:
     def candidates(self) -> tuple[list[Candidate], float, float]:
         """Next words, best first; the log mass of all readings counted, and of those without a word.
 
-        A word that is open counts as if it ended here, where it can, and not at all elsewhere.
+        A word that is open counts as if it ended here, where it can; elsewhere readings count for
+        the word that they begin with, or not at all.
         """
         mass, scores = self._now.mass().tolist(), self._now.scores().tolist()
         best: dict[str, tuple[float, Word, bool]] = {}
@@ -333,11 +334,12 @@ class WordBeam:
         nothing = NEVER
         for i, (hist, node, began, moved, _, ends, *_) in enumerate(self._now.ints.T.tolist()):
             words, score = self._histories[hist].words, scores[i]
+            if node and ends:  # the look-ahead does not know which words are before this one
+                score = mass[i] + self._histories[self._ended(i)].score
             if words:
                 word = words[0]
             elif node and ends:
                 word = Word(self._text(node), began, moved + 1)
-                score = mass[i] + self._histories[self._ended(i)].score
             else:
                 if not node:
                     nothing = _sum(nothing, score)

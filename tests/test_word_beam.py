@@ -73,6 +73,20 @@ def test_readings_are_sums_over_all_paths(lexicon, seed):
         assert found[words] == pytest.approx(score, abs=1e-4), words
 
 
+def test_a_candidate_is_the_sum_of_the_readings_that_begin_with_it(lexicon):
+    """With their open words' n-gram scores, which say more of a word than the tree above it."""
+    beam = WordBeam(lexicon, WIDE)
+    beam.hear(random_frames(6, lexicon, seed=5))
+    readings = beam.readings()
+    found, everything, nothing = beam.candidates()
+    assert {c.word.text for c in found} == set(WORDS)
+    for candidate in found:
+        begun = [score for words, score in readings if words[:1] == (candidate.word.text,)]
+        assert candidate.score == pytest.approx(np.logaddexp.reduce(begun), abs=1e-6)
+    assert everything == pytest.approx(np.logaddexp.reduce([s for _, s in readings]), abs=1e-6)
+    assert nothing == pytest.approx(dict(readings)[()], abs=1e-6)
+
+
 def test_hearing_in_parts_is_hearing_at_once(lexicon):
     log_probs = random_frames(40, lexicon, seed=3)
     whole, parts = (WordBeam(lexicon, BeamConfig()) for _ in range(2))

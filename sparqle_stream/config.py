@@ -130,7 +130,7 @@ class VadConfig:
 
     kind: str = "silero"  # silero | webrtc | off
     stop_ms: int = 200  # silence after which a segment ends
-    preroll_ms: int = 240  # audio kept from before the detected start
+    preroll_ms: int = 480  # audio kept from before the detected start
     min_speech_ms: int = 96
     threshold: float = 0.5
     threshold_off: float = 0.35

@@ -35,6 +35,8 @@ def require(path: Path | None) -> None:
         return
     if path.suffix != ".png":
         raise ConfigError(f"--plot {path.name} is no PNG", hint="name it something.png")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot: there is no folder {path.parent}", hint="make it before")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib is not installed", hint="pip install -e .[plot]")
 

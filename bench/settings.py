@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sparqle_stream.models import Model
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +131,21 @@ def from_args(args: argparse.Namespace, n_streams: int = 1) -> Settings:
 
 
 def run_and_print(run: Callable[[], dict[str, Any]], output: Path | None) -> int:
-    """The exit status. The result goes to `output` and, in one line, to stdout."""
+    """The exit status. The result goes, in one line, to stdout, and to `output`."""
     try:
+        _require_place(output)
         result = run()
+        # First: what hours have measured must not be lost with a disk that is full.
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+        write(result, output)
     except SparqleError as err:
         print(f"error: {err.message}", file=sys.stderr)
         if err.hint:
             print(f"hint: {err.hint}", file=sys.stderr)
         return EXIT_USER_ERROR
-    write(result, output)
-    print(json.dumps(result, ensure_ascii=False), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -146,7 +153,27 @@ def write(result: dict[str, Any], output: Path | None) -> None:
     """The result as a file, if one is wanted; one that is there stays whole until then."""
     if output is None:
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(output.name + ".part")
-    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    part.replace(output)
+    is_file = output.is_file() or not output.exists()
+    # A device or a pipe is written to; a file that took its place would be a bad surprise.
+    part = output.with_name(output.name + ".part") if is_file else output
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if part != output:
+            part.replace(output)
+    except OSError as err:
+        raise ConfigError(f"cannot write {output}: {err.strerror}", hint="check --output") from err
+
+
+def _require_place(output: Path | None) -> None:
+    """Raises ConfigError where no file can be made, before anything is measured."""
+    if output is None or output.exists() and not output.is_dir():
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as err:
+        raise ConfigError(f"cannot write {output}: {err.strerror}", hint="check --output") from err
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder", hint="name a file in it")

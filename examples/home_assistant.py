@@ -56,7 +56,10 @@ def main() -> None:
     if len(sys.argv) not in (2, 3):
         raise SystemExit("usage: python -m examples.home_assistant FILE.wav [tcp://HOST:PORT]")
     uri = sys.argv[2] if len(sys.argv) == 3 else "tcp://127.0.0.1:10300"
-    print(asyncio.run(caption(sys.argv[1], uri)))
+    try:
+        print(asyncio.run(caption(sys.argv[1], uri)))
+    except (OSError, EOFError, wave.Error) as err:  # no file, no wav, no server
+        raise SystemExit(f"error: {err}") from None
 
 
 if __name__ == "__main__":

@@ -112,6 +112,8 @@ async def _finals(stream: stt.RecognizeStream, sender: asyncio.Task[None]) -> As
 
 def main() -> None:
     if sys.argv[1:2] == ["try"]:
+        if len(sys.argv) != 3:
+            raise SystemExit("usage: python -m examples.livekit_agent try FILE.wav")
         asyncio.run(try_file(sys.argv[2]))
         return
     server = AgentServer()

@@ -59,6 +59,8 @@ async def caption(name: str, url: str, key: str) -> None:
     """A wav file of 16 bits, one channel, at the pace of speech."""
     printer = Printer()
     with wave.open(name) as sound:
+        if (sound.getnchannels(), sound.getsampwidth()) != (1, 2):
+            raise SystemExit(f"error: {name} is not of one channel and 16 bits")
         rate = sound.getframerate()
         params = PipelineParams(audio_in_sample_rate=rate)
         worker = PipelineWorker(Pipeline([captions(url, key), printer]), params=params)

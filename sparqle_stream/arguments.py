@@ -59,7 +59,8 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
         """The options of one command; unknown ones raise ConfigError."""
         self.set_defaults(**self._from_environment(environ))
-        args, rest = self.parse_known_intermixed_args(list(argv))
+        args, rest = self.parse_known_intermixed_args(_marked(argv))
+        _unmark(args)
         if rest:
             known = [o for action in self._actions for o in action.option_strings]
             raise ConfigError(
@@ -84,6 +85,26 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{name}={text!r} cannot be used", hint=f"use one of {choices}")
             values[action.dest] = value
         return values
+
+
+_MARK = "\0"  # that no argument of a process can hold
+
+
+def _marked(argv: Sequence[str]) -> list[str]:
+    """argv without its `--`; what follows it is marked as no option (argparse mixes them up)."""
+    if "--" not in argv:
+        return list(argv)
+    at = argv.index("--")
+    after = [_MARK + word if word.startswith("-") else word for word in argv[at + 1 :]]
+    return [*argv[:at], *after]
+
+
+def _unmark(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        if isinstance(value, list):
+            setattr(args, name, [word.removeprefix(_MARK) for word in value])
+        elif isinstance(value, str):
+            setattr(args, name, value.removeprefix(_MARK))
 
 
 def variable(dest: str) -> str:

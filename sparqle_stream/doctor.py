@@ -14,12 +14,14 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparqle_stream import __version__, messages
 from sparqle_stream.errors import ModelError, SparqleError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
 MIN_PYTHON = (3, 11)
@@ -169,11 +171,21 @@ def _audio() -> list[Finding]:
 
 def _model_files(model: str, llm: str | None) -> list[Finding]:
     """Every file of the model and of its LLM, by hash where one is pinned."""
-    from sparqle_stream import artifacts
+    from sparqle_stream import artifacts, models
+    from sparqle_stream.onnx_cpu.settings import INDEX
 
+    if model == models.RANDOM_TINY:
+        return [Finding(f"model {model}", "note", "random weights, for sizing and tests")]
+    if (Path(model) / INDEX).is_file():
+        return [Finding(f"model {model}", "note", "graphs of your own, LLM included: unchecked")]
+    llm = llm or artifacts.BUNDLED.get(model, artifacts.DEFAULT_LLM)
     findings = []
+    if model not in artifacts.BUNDLED:
+        findings.append(_unpinned(f"model {model}", lambda: artifacts.model_folder(model)))
+    if llm not in artifacts.LLM_WHEELS:
+        findings.append(_unpinned(f"llm {llm}", lambda: artifacts.llm_source(llm)))
     for info in artifacts.list_models():
-        if info.name != model and info.name not in (llm, artifacts.BUNDLED.get(model)):
+        if info.name not in (model, llm):
             continue
         try:
             artifacts.verify(info.name)
@@ -182,9 +194,16 @@ def _model_files(model: str, llm: str | None) -> list[Finding]:
         else:
             detail = f"{info.where}, {info.n_bytes / 1e6:.1f} MB, hashes as pinned"
             findings.append(Finding(f"model {info.name}", "ok", detail))
-    if not findings:
-        findings.append(Finding(f"model {model}", "note", "not one with pinned hashes: unchecked"))
     return findings
+
+
+def _unpinned(topic: str, find: Callable[[], object]) -> Finding:
+    """A model or LLM of the user's own: whether it is there is all that can be said."""
+    try:
+        find()
+    except SparqleError as err:
+        return Finding(topic, "fail", err.message, err.hint)
+    return Finding(topic, "note", "not one with pinned hashes: unchecked")
 
 
 def _self_test(compute: str) -> list[Finding]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from sparqle_stream import audio
 from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.errors import AudioFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ Pcm = npt.NDArray[np.float32]
 FILE_BLOCK_SAMPLES = SAMPLE_RATE_HZ // 2
 PACED_BLOCK_SAMPLES = SAMPLE_RATE_HZ // 25  # 40 ms, as microphones do
 PIPE_BYTES = 65_536
+HEADERS = {b"RIFF": "wav", b"OggS": "ogg", b"fLaC": "flac", b"ID3": "mp3", b"\x1aE\xdf\xa3": "webm"}
 
 
 class Source(Protocol):
@@ -90,6 +92,16 @@ class PacedSource:
         return pcm
 
 
+def _require_raw(packet: bytes) -> None:
+    """A file with a header would be captioned as noise, at whatever rate it is not."""
+    for magic, kind in HEADERS.items():
+        if packet.startswith(magic):
+            raise AudioFormatError(
+                f"standard input is a {kind} file, and raw PCM is expected there",
+                hint="name the file, or: ffmpeg -i FILE -ac 1 -ar 16000 -f s16le - | ...",
+            )
+
+
 class PipeSource:
     """Raw samples from a pipe, as they come; a thread reads so that captions do not wait for it."""
 
@@ -99,6 +111,7 @@ class PipeSource:
         self._pipe = pipe
         self._format = fmt
         self._state = audio.init_state(fmt)
+        self._is_first = True
         self._packets: queue.Queue[bytes] = queue.Queue(16)
         self._thread = threading.Thread(target=self._pump, name="sparqle-pipe", daemon=True)
         self._thread.start()
@@ -111,6 +124,9 @@ class PipeSource:
         if not packet:
             self.is_finished = True
             return audio.finish(self._format, self._state)
+        if self._is_first:
+            self._is_first = False
+            _require_raw(packet)
         self._state, pcm = audio.step(self._format, self._state, packet)
         return pcm
 

@@ -35,7 +35,7 @@ def name_of(task: str, to: str = "") -> str:
     """
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
-        raise ConfigError(f"unknown task {task!r}", hint=f"use {near[0] if near else TASKS}")
+        raise ConfigError(f"unknown task {task!r}", hint=f"use {', '.join(near or TASKS)}")
     if task != "translate":
         if to:
             raise ConfigError(f"--to {to} goes with --task translate", hint="leave --to out")

@@ -29,6 +29,8 @@ PARAGRAPH_S = 2.0  # a pause that starts a new paragraph
 METER_CELLS = 10
 METER_RANGE_DBFS = (-60.0, -6.0)
 TAIL_ROWS = 2
+WIDEST = 2  # cells of a character
+MIN_COLUMNS = 8
 
 
 class View(Protocol):
@@ -187,23 +189,29 @@ class LiveView:
 
 
 def _split_row(text: str, width: int) -> tuple[str, str]:
-    """text -> the longest start of whole words within `width` cells, and the rest."""
+    """text -> the longest start of whole words within `width` cells, and the rest.
+
+    Never nothing: a character that is wider than the terminal is printed all the same.
+    """
     from rich.cells import cell_len, chop_cells
 
     at = len(text)
     while (at := text.rfind(" ", 0, at)) > 0:
         if cell_len(text[:at]) <= width:
             return text[:at], text[at + 1 :]
-    first = chop_cells(text, width)[0]  # one word wider than the terminal, or no spaces at all
+    first = chop_cells(text, max(width, WIDEST))[
+        0
+    ]  # one word wider than the terminal, or no spaces at all
     return first, text[len(first) :]
 
 
 def open_view(out: TextIO, title: str) -> View:
-    """The live view where `out` is a terminal that can draw, else a quiet one."""
+    """The live view where `out` is a terminal that can draw and has room, else a quiet one."""
     from rich.console import Console
 
     console = Console(file=out)
-    if console.is_terminal and not console.is_dumb_terminal:
+    has_room = console.width >= MIN_COLUMNS  # COLUMNS=0 would swallow every word
+    if console.is_terminal and not console.is_dumb_terminal and has_room:
         return LiveView(console, title)
     return QuietView()
 

@@ -1,6 +1,7 @@
 """Files and pipes through the engine, as fast as the machine goes.
 
-Contract: a file that cannot be captioned is reported and does not keep the others from being done.
+Contract: a file that cannot be captioned is reported and does not keep the others from being done;
+a destination that cannot be written ends it.
 Ctrl-C captions what was read so far, writes it, and then interrupts.
 """
 
@@ -13,6 +14,7 @@ from sparqle_stream import audio, messages
 from sparqle_stream.captioning import Captioning, Listener, StopSignals
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import AudioFormatError, SparqleError
+from sparqle_stream.outputs import OutputError
 from sparqle_stream.sources import FileSource, PipeSource
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ def transcribe(
                         is_stopped=stop,
                         room_s=room_s,
                     ).run()
+            except OutputError:
+                raise
             except SparqleError as err:
                 on_error(name, err)
             if stop():

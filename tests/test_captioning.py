@@ -212,6 +212,16 @@ def test_latency_is_told_in_one_line():
     assert "no words" in Latency().line()
 
 
+def test_a_file_with_a_header_on_standard_input_is_told_and_not_captioned_as_noise():
+    read_fd, write_fd = os.pipe()
+    with open(read_fd, "rb") as pipe, open(write_fd, "wb") as writer:
+        writer.write(b"RIFF\x00\x00\x00\x00WAVEfmt ")
+        writer.flush()
+        source = PipeSource(pipe, AudioFormat())
+        with pytest.raises(AudioFormatError, match="is a wav file, and raw PCM is expected"):
+            source.read(5.0)
+
+
 # --- destinations ------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -195,6 +196,13 @@ def test_cuda_without_cuda_is_an_error_of_the_option(run, monkeypatch, talk):
 def test_a_command_after_options_or_misspelt_is_pointed_out(run):
     assert "commands come first" in run("--threads", "1", "serve").err
     assert "did you mean transcribe?" in run("trancribe", "talk.wav").err
+
+
+def test_after_two_dashes_everything_is_a_file(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "-talk.wav", WORDS)
+    assert run(*SPOKEN, "--", "-talk.wav").out == f"{TEXT}\n"
+    assert run("--", "--help").err.startswith("error: there is no file --help")
 
 
 def test_debug_shows_the_traceback_of_a_user_error_and_nothing_else_does(run):
@@ -462,6 +470,15 @@ def test_serve_listens_until_sigterm(run):
     timer.join()
     assert done.status == 0
     assert re.fullmatch(r"listening on ws://127\.0\.0\.1:\d+ with 2 slots; Ctrl-C ends\n", done.out)
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(run, monkeypatch):
+    monkeypatch.setattr("sparqle_stream.models.load", None)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = run("serve", "--port", str(other.getsockname()[1]))
+    assert taken.status == 2
+    assert "Address already in use" in taken.err
+    assert "--wyoming-port 70000 is out of" in run("serve", "--wyoming-port", "70000").err
 
 
 def test_client_without_a_server_says_how_to_start_one(run, talk):

@@ -76,9 +76,22 @@ def test_damaged_files_fail_with_what_to_do(monkeypatch):
 
 
 @pytest.mark.usefixtures("has_models")
-def test_a_model_of_ones_own_is_not_called_checked():
-    (finding,) = doctor._model_files("/some/folder", None)
-    assert finding.status == "note"
+def test_a_model_of_ones_own_is_not_called_checked(tmp_path):
+    for name in artifacts.MODEL_FILES:
+        (tmp_path / name).touch()
+    statuses = [f.status for f in doctor._model_files(str(tmp_path), str(tmp_path))]
+    assert statuses == ["note", "note"]
+    own, its_llm = doctor._model_files(str(tmp_path), None)
+    assert (own.status, its_llm.topic) == ("note", f"model {artifacts.DEFAULT_LLM}")
+    (random,) = doctor._model_files("random:tiny", None)
+    assert random.status == "note"
+
+
+@pytest.mark.usefixtures("has_models")
+def test_a_model_that_is_not_there_is_no_note():
+    """doctor --model typo said that captions would work."""
+    found = {f.topic: f.status for f in doctor._model_files("sparkle", "smol")}
+    assert found == {"model sparkle": "fail", "llm smol": "fail"}
 
 
 def test_a_missing_microphone_is_only_a_note(monkeypatch):

@@ -129,6 +129,12 @@ def test_wide_characters_fill_two_cells(view, out):
     assert rows == ["語" * 20, "語" * 5]
 
 
+@pytest.mark.parametrize(("width", "row"), [(0, "語"), (1, "語"), (3, "語"), (4, "語語")])
+def test_a_row_is_never_nothing_however_narrow_the_window(width, row):
+    """A window that was dragged to nothing: the same row would be cut off for ever."""
+    assert terminal._split_row("語語語", width) == (row, "語語語"[len(row) :])
+
+
 def test_a_terminal_without_unicode_gets_plain_signs():
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
@@ -138,6 +144,17 @@ def test_a_terminal_without_unicode_gets_plain_signs():
         view.event(messages.Tail(" hello", 1.0))
         shown = screen_of(raw.getvalue().decode())
     assert any(row.startswith("* speech ----------") for row in shown)
+
+
+@pytest.mark.parametrize(("columns", "kind"), [("0", "QuietView"), ("40", "LiveView")])
+def test_a_terminal_without_room_gets_plain_lines(monkeypatch, columns, kind):
+    """Rich draws nothing at all on 0 columns: words would be lost."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = pty.openpty()
+    with os.fdopen(master, "rb"), os.fdopen(slave, "w") as terminal_out:
+        view = terminal.open_view(terminal_out, "Webcam")
+    assert type(view).__name__ == kind
 
 
 def test_what_is_no_terminal_gets_no_view():

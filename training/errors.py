@@ -1,4 +1,7 @@
-"""Errors of the training commands: one line and a hint on stderr, exit 2; bugs keep their trace."""
+"""Errors of the training commands: one line and a hint on stderr, exit 2; bugs keep their trace.
+
+Ctrl-C is 130 and no trace.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +23,10 @@ def reported() -> Iterator[None]:
     except SparqleError as err:
         print(f"error: {err.message}\nhint: {err.hint}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as err:
+        if err.filename is None:
+            raise
+        print(f"error: {err.filename}: {err.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

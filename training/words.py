@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sparqle_stream.pieces import CtcPieces
 from training.corpus import Pack
+from training.errors import reported
 from training.text import is_spelled_out, spoken
 
 START = 0  # stands before the first word of a text, and for words that are not in the lexicon
@@ -343,6 +344,12 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=26, help="of the file, about")
     parser.add_argument("--pieces", type=Path, help="pieces.json: stores words as pieces, too")
     args = parser.parse_args()
+    with reported():
+        make(args)
+
+
+def make(args: argparse.Namespace) -> None:
+    """Reads, counts and writes what `args` name."""
     words, grams = count(read(args.text, args.packs, args.repeat, args.weight), args.size, args.low)
     spelled = spellings(words, CtcPieces.load(args.pieces)) if args.pieces else {}
     n_bytes = sum(a.nbytes for a in spelled.values()) + sum(len(word) + 7 for word in words)

@@ -72,6 +72,17 @@ def create_app(engine: Engine, cfg: ServerConfig) -> Starlette:
     return app
 
 
+def check(cfg: ServerConfig) -> None:
+    """Raises ConfigError for addresses and files that `serve` could not use.
+
+    For who has a model to load first, which takes its time.
+    """
+    _check_tls(cfg)
+    for port in (cfg.port, cfg.wyoming_port):
+        if port is not None:
+            _listen(cfg.host, port).close()
+
+
 def serve(engine: Engine, cfg: ServerConfig, on_ready: Callable[[str], None] | None = None) -> None:
     """Serves until SIGTERM or Ctrl-C, then drains. `on_ready` gets the address once it listens.
 

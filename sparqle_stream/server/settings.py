@@ -46,11 +46,13 @@ class ServerConfig:
     defaults: StreamOptions = field(default_factory=StreamOptions)  # where a client says nothing
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65_535:
-            raise ConfigError(f"--port {self.port} is out of range", hint="use 1 to 65535")
-        if self.drain_s < 0 or min(self.idle_s, self.send_s, self.ping_s, self.max_stream_s) <= 0:
+        for option, port in (("--port", self.port), ("--wyoming-port", self.wyoming_port or 0)):
+            if not 0 <= port <= 65_535:
+                raise ConfigError(f"{option} {port} is out of range", hint="use 1 to 65535")
+        times = (self.idle_s, self.send_s, self.ping_s, self.max_stream_s)
+        if not (self.drain_s >= 0 and all(seconds > 0 for seconds in times)):  # NaN is neither
             raise ConfigError("idle, send, stream and drain times must be above 0", hint="seconds")
-        if self.streams_per_key < 0 or self.frames_per_s <= 0:
+        if self.streams_per_key < 0 or not self.frames_per_s > 0:
             raise ConfigError("a limit on streams or frames is below 0", hint="use a number above")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("TLS needs two files", hint="give --tls-cert and --tls-key")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import logging
 import tempfile
 import threading
 from pathlib import Path
@@ -26,13 +28,15 @@ from sparqle_stream.server import openai_files, request
 from sparqle_stream.server.settings import FrameSizeError, IdleError, TooManyStreamsError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Iterator
 
     from starlette.types import Message, Receive, Scope, Send
 
     from sparqle_stream.engine import Stream
     from sparqle_stream.server.hub import Hub
     from sparqle_stream.server.settings import Close
+
+log = logging.getLogger(__name__)
 
 ROUTE = "/v1/audio/transcriptions"
 BLOCK_SAMPLES = SAMPLE_RATE_HZ // 2
@@ -153,6 +157,18 @@ class EventStream(StreamingResponse):
                 await self._events.aclose()
 
 
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """A temporary folder that is full is no bug: the client may come again."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.warning("no room for an upload in %s: %s", tempfile.gettempdir(), err.strerror)
+        raise BusyError("the server has no room for the file", "send it again later") from err
+
+
 async def transcribe(http: HttpRequest) -> Response:
     """POST of one file."""
     hub: Hub = http.app.state.hub
@@ -162,7 +178,8 @@ async def transcribe(http: HttpRequest) -> Response:
         stack.enter_context(hub.admit(upload, request.check(http, hub.cfg)))
         stack.enter_context(hub.metrics.open.labels(ROUTE).track_inprogress())
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparqle-upload-"))
-        path, asked = await _receive(http, hub, Path(folder))
+        with _room():
+            path, asked = await _receive(http, hub, Path(folder))
         result = openai_files.result(asked, hub.model)
         hub.metrics.connections.labels(ROUTE).inc()
         events = upload.events(path, asked)

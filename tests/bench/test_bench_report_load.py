@@ -216,6 +216,8 @@ def test_a_curve_has_the_figures(monkeypatch):
 def test_a_plot_that_cannot_be_drawn_is_said_first(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="no PNG"):
         plots.require(tmp_path / "x.svg")
+    with pytest.raises(ConfigError, match="there is no folder"):
+        plots.require(tmp_path / "no" / "x.png")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="matplotlib"):
         plots.require(tmp_path / "x.png")

@@ -97,6 +97,10 @@ def test_home_assistant(oracle, tmp_path):
     assert done.stdout.split() == WORDS
     heard = done.stderr.split("\n")[1]
     assert heard.split() == WORDS, "words were shown while they came"
+    gone = run([*command, f"tcp://127.0.0.1:{port}"])
+    assert gone.returncode == 1
+    assert gone.stderr.startswith("error: ")
+    assert "refused" in gone.stderr
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,12 @@ def test_tls_files_that_are_none(oracle, tmp_path):
 
 
 def test_settings_that_cannot_work():
-    for bad in ({"max_stream_s": 0}, {"streams_per_key": -1}, {"frames_per_s": 0}):
+    nan = float("nan")
+    for bad in (
+        *({"max_stream_s": 0}, {"streams_per_key": -1}, {"frames_per_s": 0}),
+        *({"idle_s": nan}, {"drain_s": nan}, {"frames_per_s": nan}),
+        *({"wyoming_port": 70_000}, {"port": -1}),
+    ):
         with pytest.raises(ConfigError):
             server.ServerConfig(**bad)
     with pytest.raises(ConfigError, match="Wyoming has no keys"):

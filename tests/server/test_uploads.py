@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import io
 import json
+import os
 import socket
 import time
 import wave
@@ -17,7 +19,7 @@ from server_harness import WAIT_S, get, s16, serving
 from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.errors import ConfigError
-from sparqle_stream.server import openai_files
+from sparqle_stream.server import openai_files, uploads
 
 OFF = StreamOptions(vad=VadConfig(kind="off"))
 WORDS = testing.vocabulary(30)
@@ -67,6 +69,22 @@ def test_json_and_text(client):
     assert answer.usage.type == "duration"
     assert answer.usage.seconds == pytest.approx(len(PCM) / 16_000, abs=0.01)
     assert create(client, response_format="text") == f"{TEXT}\n"
+
+
+def test_a_full_temporary_folder_is_told_and_frees_the_slot(client, url, monkeypatch):
+    """It was 500 and a traceback in the log: a tmpfs of 2 GiB is full after eight large files."""
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(uploads, "_receive", full)
+        with pytest.raises(openai.InternalServerError) as refused:
+            create(client)
+    assert refused.value.status_code == 503
+    assert refused.value.response.headers["Retry-After"] == "5"
+    assert "no room for the file" in refused.value.message
+    assert get(url, "/readyz")[1]["slots_free"] == 2
 
 
 def test_verbose_json(client):

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-WORST_SCORE = -1.2  # mean log-probability of a frame, as in training; below it the text is another
 CTC_SAMPLES = FRAMES_PER_CTC * FRAME_SAMPLES
 
 
@@ -81,12 +80,12 @@ def word_ends(
 
     None for a text that does not fit.
     """
-    from training.align import align_words
+    from training.align import BAD_ALIGNMENT, align_words
 
     if not heard:
         return None
     words, score = align_words(np.concatenate(heard), text, pieces)
-    if score < WORST_SCORE:
+    if score < BAD_ALIGNMENT:
         return None
     after = [
         begin + CTC_SAMPLES * (frame + 1) - FRAME_SAMPLES

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import machine
+from bench import machine, settings
 from sparqle_stream.errors import ConfigError, DeviceError, MissingExtraError, SparqleError
 
 if TYPE_CHECKING:
@@ -255,15 +255,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         card = require_gpu()
         result = run(args, do_bench, "cuda") | {"machine": card}
+        print(json.dumps(result))
+        if result["is_green"]:
+            settings.write(result, args.output)
+            return 0
     except SparqleError as err:
         print(f"error: {err.message}\nhint: {err.hint}", file=sys.stderr)
         return EXIT_USER_ERROR
-    line = json.dumps(result)
-    if args.output and result["is_green"]:
-        args.output.write_text(line + "\n")
-    print(line)
-    if result["is_green"]:
-        return 0
     red = [f"{c['op']}, {c['case']}, {c['dtype']}" for c in result["checks"] if not c["is_green"]]
     print(f"error: wrong results, so no figures: {'; '.join(red)}", file=sys.stderr)
     return EXIT_RED

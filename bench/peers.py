@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench.socket_target import s16
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError
 
@@ -108,16 +109,12 @@ def _pocketsphinx(wanted: Settings) -> Hear:
     def hear(pcm: Pcm, n_tokens: int) -> str:
         del n_tokens
         decoder.start_utt()
-        decoder.process_raw(_s16(pcm), full_utt=True)
+        decoder.process_raw(s16(pcm), full_utt=True)
         decoder.end_utt()
         found = decoder.hyp()
         return str(found.hypstr) if found else ""
 
     return hear
-
-
-def _s16(pcm: Pcm) -> bytes:
-    return np.rint(pcm * 32_767).clip(-32_768, 32_767).astype("<i2").tobytes()
 
 
 # --- Whisper's shape ---------------------------------------------------------------------------

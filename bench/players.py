@@ -16,8 +16,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
 from sparqle_stream import messages
 from sparqle_stream.batch import Batch
 from sparqle_stream.config import SAMPLE_RATE_HZ
@@ -202,10 +200,7 @@ class VirtualEngine:
         self._model, self._cfg = model, cfg
         self._trace, self._trace_end = trace, 0.0
         self._batch = Batch(model, 1)
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
 
-    @torch.inference_mode()
     def play(
         self,
         pcm: Pcm,
@@ -214,14 +209,14 @@ class VirtualEngine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> Take:
         """pcm (S,) -> what `play` would give on a machine with nothing else to do."""
-        self._batch.wipe(0)
-        run = _VirtualRun(
-            self._batch, Session(self._model, options, self._cfg.context_words), clock
-        )
-        for packet in packets(pcm):
-            run.hear(packet)
-            progress(len(packet) / SAMPLE_RATE_HZ)
-        run.finish()
+        session = Session(self._model, options, self._cfg.context_words)
+        run = _VirtualRun(self._batch, session, clock)
+        with self._batch.working(self._cfg.threads):
+            self._batch.wipe(0)
+            for packet in packets(pcm):
+                run.hear(packet)
+                progress(len(packet) / SAMPLE_RATE_HZ)
+            run.finish()
         if self._trace is not None:
             run.write(self._trace, self._trace_end)
             self._trace_end += run.take.arrivals[-1][0]

@@ -64,7 +64,7 @@ def _throughput(figure: Figure, result: Json) -> None:
         axes.plot(n, [one["lag_ms"][share] for one in levels], marker="o", label=f"lag {share}")
     axes.axhline(result["load"]["limit_ms"], linestyle="--", color="grey", label="limit")
     axes.set(xlabel="streams", ylabel="ms", yscale="log", title=_title(result))
-    axes.legend()
+    axes.legend(loc="upper left")  # "best" warns where it takes long
 
 
 def _soak(figure: Figure, result: Json) -> None:
@@ -93,7 +93,7 @@ def _latency(figure: Figure, result: Json) -> None:
                 axes.plot(shares, [values[s] for s in shares], style, marker="o", label=label)
     axes.set(ylabel="ms", title=_title(result))
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper left", fontsize="small")
 
 
 def _accuracy(figure: Figure, result: Json) -> None:
@@ -136,7 +136,7 @@ def _tradeoff(figure: Figure, result: Json) -> None:
                         fontsize="xx-small",
                     )
         axes.set(xlabel="word end to emission, p50, ms of stream", ylabel="WER, %", title=name)
-        axes.legend(title="chunk", fontsize="small")
+        axes.legend(loc="upper right", title="chunk", fontsize="small")
     figure.suptitle(f"{_title(result)}; beside each point: delay, ms")
 
 

@@ -34,10 +34,10 @@ from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from bench.manifests import RecordingSet
-    from bench.reel import Reel
+    from bench.reel import Pcm, Reel
     from bench.settings import Settings
     from sparqle_stream.engine import Engine, Slots
     from sparqle_stream.models import Model
@@ -85,6 +85,21 @@ class Tally:
     words: int = 0
     failed: int = 0
     reasons: set[str] = dataclasses.field(default_factory=set)
+    n_samples: int = 0  # that were sent
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.words + other.words,
+            self.failed + other.failed,
+            self.reasons | other.reasons,
+            self.n_samples + other.n_samples,
+        )
+
+    def sent(self, packets: Iterable[Pcm]) -> Iterator[Pcm]:
+        """The packets, counted as they are taken: who gives up has not sent all of them."""
+        for packet in packets:
+            self.n_samples += len(packet)
+            yield packet
 
     def note(self, event: messages.Event) -> None:
         if isinstance(event, messages.Final):
@@ -120,7 +135,7 @@ def in_process(engine: Engine, wanted: Settings, tape: Reel) -> Callable[[Plan, 
                 is_over.set()
 
         stream = engine.open(options, on_event)
-        for packet in tape.packets(one.start, one.n_samples, SAMPLE_RATE_HZ):
+        for packet in tally.sent(tape.packets(one.start, one.n_samples, SAMPLE_RATE_HZ)):
             stream.wait_for_room(1.0, WAIT_S)
             stream.feed(packet)
         if one.leave is Leave.GIVEN_UP:
@@ -144,7 +159,7 @@ def over_a_socket(url: str, wanted: Settings, tape: Reel) -> Callable[[Plan, Tal
     options |= {"chunk_ms": wanted.chunk_ms, "delay_ms": wanted.delay_ms}
 
     def play(one: Plan, tally: Tally) -> None:
-        packets = tape.packets(one.start, one.n_samples, SAMPLE_RATE_HZ)
+        packets = tally.sent(tape.packets(one.start, one.n_samples, SAMPLE_RATE_HZ))
         events = client.stream_sync(url, packets, options=options)
         try:
             for event in events:
@@ -294,11 +309,16 @@ def _rounds(
     ):
         while audio_s < wanted_s:
             plans = [plan(rng, args.longest_s, tape) for _ in range(args.batch)]
-            list(pool.map(lambda one: play(one, tally), plans))
-            played_s = sum(one.n_samples for one in plans) / SAMPLE_RATE_HZ
+            of_round = [Tally() for _ in plans]  # each of one thread
+            list(pool.map(play, plans, of_round))
+            played = sum(of_round, Tally())
+            played_s = played.n_samples / SAMPLE_RATE_HZ
+            tally += played
             audio_s, cycles = audio_s + played_s, cycles + len(plans)
             samples.append(watcher.sample(cycles, audio_s))
             bar.update(min(played_s, wanted_s - bar.n))
+            if not played_s:  # nobody is taken any more: it would never end
+                break
     return samples, tally
 
 

@@ -12,20 +12,18 @@ import json
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 import numpy as np
 
 from bench.targets import DONE_TIMEOUT_S, End, Outcome, paced
+from sparqle_stream.client import server_address
 from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from bench.reel import Pcm
-
-SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
 
 @dataclass(slots=True)
@@ -181,9 +179,6 @@ def s16(pcm: Pcm) -> bytes:
 
 def full_url(url: str, route: str) -> str:
     """ws://HOST:PORT, http://..., HOST:PORT, with or without a path -> the whole URL."""
-    parts = urlsplit(url if "://" in url else f"ws://{url}")
-    if parts.scheme not in SCHEMES or not parts.hostname:
-        raise ConfigError(f"{url!r} is not the address of a server", hint="ws://HOST:PORT")
     path, _, query = route.partition("?")
-    path = parts.path if parts.path.strip("/") else path
-    return urlunsplit((SCHEMES[parts.scheme], parts.netloc, path, parts.query or query, ""))
+    parts = server_address(url, path)
+    return urlunsplit(parts._replace(query=parts.query or query))

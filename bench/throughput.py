@@ -240,9 +240,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             "with that --stagger-s the streams never run together", hint="a longer --seconds"
         )
-    if args.dialect == "openai" and not (args.url or args.server):
+    if args.dialect != OWN and not (args.url or args.server):
         raise ConfigError(
-            "--dialect openai needs a server", hint="--url ws://HOST:PORT, or --server"
+            f"--dialect {args.dialect} needs a server", hint="--url ws://HOST:PORT, or --server"
         )
     if args.server_pid and not args.url:
         raise ConfigError("--server-pid belongs to --url", hint="leave it out")

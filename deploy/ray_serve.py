@@ -92,6 +92,10 @@ def parse(options: Mapping[str, str]) -> tuple[Namespace, Scale]:
                 f"unknown option {name!r}", hint=near or "Ray's own: --http-options and serve start"
             )
         elif flags[name].nargs == 0:
+            if text.lower() not in ("true", "false"):
+                raise ConfigError(
+                    f"{name}={text!r} is neither true nor false", hint="true or false"
+                )
             argv += [flags[name].option_strings[0]] if text.lower() == "true" else []
         else:
             argv.append(f"{flags[name].option_strings[0]}={text}")

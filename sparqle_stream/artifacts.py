@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparqle_stream.config_json import read_json
 from sparqle_stream.errors import ModelError
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def verify(name: str) -> None:
     """Reads every byte of `name` (and of its LLM); raises ModelError for what is not right."""
     if name in BUNDLED:
         folder = model_folder(name)
-        recorded = json.loads((folder / "config.json").read_text()).get("sha256", {})
+        recorded = read_json(folder / "config.json").get("sha256", {})
         if damage := _mismatch(folder, recorded):
             raise ModelError(f"{name} is damaged: {damage}", hint="install sparqle-stream anew")
         verify(BUNDLED[name])
@@ -302,9 +303,8 @@ def _damage(folder: Path, is_thorough: bool) -> str | None:
     if not folder.is_dir():
         return f"there is no {folder}"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        recorded: dict[str, str] = manifest["sha256"]
-    except (OSError, ValueError, KeyError) as err:
+        recorded = dict(json.loads((folder / MANIFEST).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as err:
         return f"cannot read {folder / MANIFEST}: {err}"
     if is_thorough:
         return _mismatch(folder, recorded)

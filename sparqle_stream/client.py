@@ -19,7 +19,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
 import numpy as np
 
@@ -164,17 +164,27 @@ async def _next(events: AsyncGenerator[Event, None]) -> Event:
 
 def stream_url(url: str, options: Mapping[str, str | int] | None = None) -> str:
     """ws://HOST:PORT, http://..., HOST:PORT -> the whole URL with its query."""
-    parts = urlsplit(url if "://" in url else f"ws://{url}")
-    try:
-        has_port = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number
-        has_port = False
-    if parts.scheme not in SCHEMES or not has_port:
-        raise ConfigError(f"{url!r} is not the address of a server", hint="ws://HOST:PORT")
-    path = parts.path if parts.path.strip("/") else ROUTE
+    parts = server_address(url, ROUTE)
     query = {"sample_rate": SAMPLE_RATE_HZ, "format": "f32le"}
     query |= dict(parse_qsl(parts.query, keep_blank_values=True)) | dict(options or {})
-    return urlunsplit((SCHEMES[parts.scheme], parts.netloc, path, urlencode(query), ""))
+    return urlunsplit(parts._replace(query=urlencode(query)))
+
+
+def server_address(url: str, route: str) -> SplitResult:
+    """ws://HOST:PORT, http://..., HOST:PORT, with `route` where there is no path -> ws or wss.
+
+    Raises ConfigError for what is no address.
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"ws://{url}")
+        is_address = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        scheme = SCHEMES[parts.scheme]
+    except (ValueError, KeyError):  # half a bracket, a port that is no number, another scheme
+        is_address = False
+    if not is_address:
+        raise ConfigError(f"{url!r} is not the address of a server", hint="ws://HOST:PORT")
+    path = parts.path if parts.path.strip("/") else route
+    return parts._replace(scheme=scheme, path=path, fragment="")
 
 
 async def _connect(url: str, api_key: str) -> ClientConnection:

@@ -208,9 +208,9 @@ def _unpinned(topic: str, find: Callable[[], object]) -> Finding:
 
 def _self_test(compute: str) -> list[Finding]:
     """Runs a random model over a second of noise, and sees which kernels that called."""
-    from sparqle_kernels import choice
-
     try:
+        from sparqle_kernels import choice
+
         seconds, used = _run_tiny(compute)
     except SparqleError as err:
         return [Finding("self-test", "fail", err.message, err.hint)]

@@ -119,15 +119,22 @@ class Engine:
             return stream
 
     def transcribe(self, pcm: Floats, options: StreamOptions | None = None) -> list[messages.Event]:
-        """All events of a whole recording (S,), as fast as the machine goes."""
+        """All events of a whole recording (S,), as fast as the machine goes.
+
+        Raises BusyError, and AudioFormatError for what is no PCM (S,); an Error event is the last
+        of a stream that failed.
+        """
         stream = self.open(options)
         n_packet = min(TURN_SAMPLES, int(self.cfg.backlog_s * SAMPLE_RATE_HZ) // 2)
-        for start in range(0, len(pcm), n_packet):
-            packet = pcm[start : start + n_packet]
-            stream.wait_for_room(len(packet) / SAMPLE_RATE_HZ)
-            stream.feed(packet)
-        stream.finish()
-        return list(stream.events())
+        try:
+            for start in range(0, len(pcm), n_packet):
+                packet = pcm[start : start + n_packet]
+                stream.wait_for_room(len(packet) / SAMPLE_RATE_HZ)
+                stream.feed(packet)
+            stream.finish()
+            return list(stream.events())
+        finally:
+            stream.cancel()  # audio that was refused must not keep the slot
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of the counters."""

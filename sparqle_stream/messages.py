@@ -160,7 +160,7 @@ def from_json(text: str) -> Event:
         if cls is Final:
             raw["words"] = tuple(Word(**word) for word in raw["words"])
         return cls(**{f.name: raw[f.name] for f in fields(cls)})
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise ProtocolError(f"not an event: {text[:80]!r}", hint="see docs/protocol.md") from err
 
 

@@ -8,6 +8,7 @@ Latency: PortAudio's own (some 35 ms), and the resampler's where the device is n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import time
@@ -110,7 +111,7 @@ def choose(wanted: str | None, devices: list[InputDevice]) -> InputDevice:
         )
     if wanted is None:
         return next((d for d in devices if d.is_default), devices[0])
-    if wanted.lstrip("-").isdigit():
+    if wanted.isascii() and wanted.isdigit():
         found = [d for d in devices if d.index == int(wanted)]
     else:
         found = [d for d in devices if d.name.casefold() == wanted.casefold()] or [
@@ -148,6 +149,7 @@ class Microphone:
         self._format = audio.AudioFormat("f32le")
         self._state = audio.init_state(self._format)
         self._heard_at = clock()
+        self._tried_at: float | None = None  # to open it again; None: it is there
         self._open()
 
     def __enter__(self) -> Microphone:
@@ -173,9 +175,7 @@ class Microphone:
         try:
             blocks = [self._blocks.get(timeout=timeout_s)]
         except queue.Empty:
-            if self._clock() - self._heard_at > STALL_S:
-                return self._reopen()
-            return None
+            return self._reopen() if self._clock() - self._heard_at > STALL_S else None
         while not self._blocks.empty():
             blocks.append(self._blocks.get_nowait())
         self._heard_at = self._clock()
@@ -240,27 +240,34 @@ class Microphone:
         except queue.Full:
             self.n_overflows += 1
 
-    def _reopen(self) -> Pcm:
-        """The device again, by name, and as much silence as it was away."""
-        lost_at = self._heard_at
-        self.notices.append(f"the microphone {self.name!r} went silent; trying to open it again")
+    def _reopen(self) -> Pcm | None:
+        """Tries once a second to open the device again, by name -> silence for as long as it was
+        away, None while it is. Whoever reads can do something else between the attempts."""
+        now, lost_at = self._clock(), self._heard_at
+        if self._tried_at is None:
+            self.notices.append(
+                f"the microphone {self.name!r} went silent; trying to open it again"
+            )
+        elif now - self._tried_at < REOPEN_EVERY_S:
+            return None
+        self._tried_at = now
         sd = portaudio()
-        while True:
-            self.close()
-            try:
-                # PortAudio lists devices only when it is initialised.
+        self.close()
+        try:
+            # PortAudio lists devices only when it is initialised.
+            with contextlib.suppress(sd.PortAudioError):  # the attempt before may have ended there
                 sd._terminate()
-                sd._initialize()
-                self.device = choose(self.name, input_devices())
-                self._open()
-                break
-            except DeviceError as err:
-                if self._clock() - lost_at > GIVE_UP_S:
-                    raise DeviceError(
-                        f"the microphone {self.name!r} is gone",
-                        hint="plug it in again, or choose another: --list-devices",
-                    ) from err
-            time.sleep(REOPEN_EVERY_S)
+            sd._initialize()
+            self.device = choose(self.name, input_devices())
+            self._open()
+        except (DeviceError, sd.PortAudioError) as err:
+            if now - lost_at <= GIVE_UP_S:
+                return None
+            raise DeviceError(
+                f"the microphone {self.name!r} is gone",
+                hint="plug it in again, or choose another: --list-devices",
+            ) from err
+        self._tried_at = None
         gap_s = self._clock() - lost_at
         self.notices.append(f"the microphone is back; {gap_s:.1f} s were not heard")
         return np.zeros(round(gap_s * SAMPLE_RATE_HZ), np.float32)

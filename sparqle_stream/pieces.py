@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparqle_stream.tokenizer import read_tokenizer
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -27,9 +29,8 @@ class CtcPieces:
 
     @classmethod
     def load(cls, path: Path) -> CtcPieces:
-        from tokenizers import Tokenizer
-
-        return cls(Tokenizer.from_file(str(path)))
+        """Raises ModelError."""
+        return cls(read_tokenizer(path))
 
     @property
     def size(self) -> int:

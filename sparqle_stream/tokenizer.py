@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sparqle_stream.errors import ModelError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tokenizers import Tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json. Raises ModelError for a file that is missing or damaged."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+    except Exception as err:  # the library raises nothing more precise
+        raise ModelError(f"cannot read {path}: {err}", hint="fetch or export it anew") from err
+    return tokenizer
 
 
 class TextTokenizer:
@@ -19,9 +32,8 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path, bos_id: int) -> TextTokenizer:
-        from tokenizers import Tokenizer
-
-        return cls(Tokenizer.from_file(str(path)), bos_id)
+        """Raises ModelError."""
+        return cls(read_tokenizer(path), bos_id)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

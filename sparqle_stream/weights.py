@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparqle_stream.config import EncoderConfig, LlmConfig
-from sparqle_stream.config_json import read_json
+from sparqle_stream.config_json import config_from_json, read_json
 from sparqle_stream.errors import ModelError
 from sparqle_stream.tokenizer import TextTokenizer
 
@@ -186,15 +186,13 @@ def save_llm(files: LlmFiles, folder: Path) -> None:
 
 
 def _read_own(folder: Path) -> LlmFiles:
-    from tokenizers import Tokenizer
-
     config = read_json(folder / OWN_CONFIG)
-    state = read_safetensors(folder / "model.safetensors")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if lacking := {"llm", "bos_id"} - config.keys():
+        raise ModelError(f"{folder / OWN_CONFIG} has no {min(lacking)}", hint="pull it again")
     return LlmFiles(
-        LlmConfig(**config["llm"]),
-        state,
-        TextTokenizer(tokenizer, config["bos_id"]),
+        config_from_json(LlmConfig, config["llm"], folder / OWN_CONFIG),
+        read_safetensors(folder / "model.safetensors"),
+        TextTokenizer.load(folder / "tokenizer.json", config["bos_id"]),
     )
 
 

@@ -234,6 +234,14 @@ def test_what_is_not_here_says_how_to_get_it(home):
         assert "sparqle-stream models pull" in caught.value.hint
 
 
+@pytest.mark.parametrize("manifest", ["[1]", "{", '{"sha256": 7}', "{}"])
+def test_a_damaged_manifest_is_no_llm(home, manifest):
+    (home / DEFAULT_LLM).mkdir(parents=True)
+    (home / DEFAULT_LLM / artifacts.MANIFEST).write_text(manifest)
+    with pytest.raises(ModelError, match="is not here: cannot read"):
+        artifacts.path(DEFAULT_LLM)
+
+
 @pytest.mark.parametrize("call", [artifacts.pull, artifacts.path, artifacts.verify])
 def test_an_unknown_name_lists_the_known_ones(call):
     with pytest.raises(ModelError) as caught:
@@ -315,6 +323,9 @@ def test_bundled_models_are_checked_by_recorded_hashes(home, published, tmp_path
     artifacts.verify(artifacts.DEFAULT_MODEL)
     (folder / "pieces.json").write_text("other")
     with pytest.raises(ModelError, match=r"pieces\.json has changed"):
+        artifacts.verify(artifacts.DEFAULT_MODEL)
+    (folder / "config.json").write_text("{ half of it")
+    with pytest.raises(ModelError, match=r"cannot read .*config\.json"):
         artifacts.verify(artifacts.DEFAULT_MODEL)
     (folder / "pieces.json").unlink()
     with pytest.raises(ModelError, match=r"has no pieces\.json"):

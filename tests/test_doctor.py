@@ -148,3 +148,15 @@ def test_the_command_prints_json_and_fails_when_captions_cannot_work(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [finding.status, "torch", "so", "it", "is"]
     assert lines[-1] == ("1 problem to mend" if broken else "captions will work here")
+
+
+@pytest.mark.usefixtures("has_models", "webcam")
+def test_without_torch_everything_else_is_still_told(monkeypatch):
+    """It was a traceback: the kernels, which the self-test looks at, cannot be imported either."""
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("torch", "sparqle_kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    findings = examine()
+    failed = [finding.topic for finding in findings if finding.status == "fail"]
+    assert failed == ["torch", "self-test"]
+    assert about(findings, "microphone")[0].status == "ok"

@@ -75,6 +75,17 @@ class Gate:
 # --- life of a stream ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bad", [np.full(800, np.nan, np.float32), np.zeros((800, 2), np.float32)])
+def test_a_recording_that_is_no_audio_gives_its_slot_back(bad):
+    """Each such call of `transcribe` took one slot for good."""
+    with testing.oracle_engine(EngineConfig(n_slots=1)) as engine:
+        for _ in range(2):
+            with pytest.raises(AudioFormatError):
+                engine.transcribe(bad)
+        assert engine.metrics().n_streams == 0
+        assert kinds(engine.transcribe(say(["bird"]), StreamOptions(vad=OFF)))[-1] == "Done"
+
+
 def test_events_come_in_order(oracle):
     events = oracle().transcribe(say(["hello", "world"]), OPTIONS)
     names = [name for name in kinds(events) if name != "Tail"]

@@ -16,7 +16,7 @@ import pytest
 
 from sparqle_stream import microphone
 from sparqle_stream.errors import DeviceError
-from tests.fakes.portaudio import Device, FakeSoundDevice
+from tests.fakes.portaudio import Device, FakeSoundDevice, PortAudioError
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -34,16 +34,13 @@ def fake(monkeypatch):
 
 
 class Clock:
-    """Time that passes when told to; sleeping passes it too."""
+    """Time that passes when told to."""
 
     def __init__(self) -> None:
         self.now = 100.0
 
     def __call__(self) -> float:
         return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def sine(hz: float, rate_hz: int, seconds: float = 1.0) -> np.ndarray:
@@ -94,7 +91,13 @@ def test_a_device_is_chosen_by_number_or_part_of_its_name(fake, wanted, index):
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
-    [("7", "no input device '7'"), ("piano", "no input device"), ("mic", "could be several")],
+    [
+        ("7", "no input device '7'"),
+        ("--7", "no input device '--7'"),
+        ("\N{SUPERSCRIPT TWO}", "no input device"),  # a digit, and no number
+        ("piano", "no input device"),
+        ("mic", "could be several"),
+    ],
 )
 def test_a_choice_that_fits_none_or_several_names_the_candidates(fake, wanted, message):
     fake(Device("Mic left"), Device("Mic right"))
@@ -156,9 +159,8 @@ def test_lost_samples_are_counted(fake, monkeypatch):
         assert len(everything(mic)) == 640
 
 
-def test_a_device_that_goes_and_comes_back_leaves_silence_of_that_length(fake, monkeypatch):
+def test_a_device_that_goes_and_comes_back_leaves_silence_of_that_length(fake):
     clock = Clock()
-    monkeypatch.setattr(microphone.time, "sleep", clock.sleep)
     sd = fake(Device("Webcam"), Device("Headset"), default_input=1)
     with microphone.Microphone(clock=clock) as mic:
         sd.opened[0].hear(sine(440, 16_000, 0.02))
@@ -179,15 +181,45 @@ def test_a_device_that_goes_and_comes_back_leaves_silence_of_that_length(fake, m
 
 
 def test_a_device_that_stays_away_is_an_error(fake, monkeypatch):
+    """After a while; until then `read` returns at once, so that a key can end it all."""
     clock = Clock()
-    monkeypatch.setattr(microphone.time, "sleep", clock.sleep)
     sd = fake(Device("Webcam"))
     mic = microphone.Microphone(clock=clock)
     sd.devices = []
-    clock.now += microphone.STALL_S + 0.1
+    monkeypatch.delattr(microphone.time, "sleep")  # a reader that slept could not be ended
+
+    def wait_for_it() -> None:
+        while clock.now < 200.0:
+            assert mic.read(0.0) is None
+            clock.now += 0.25
+
     with pytest.raises(DeviceError, match="'Webcam' is gone"):
-        mic.read(0.0)
+        wait_for_it()
     assert clock.now - 100.0 == pytest.approx(microphone.GIVE_UP_S, abs=2.0)
+    assert len(mic.notices) == 1  # however often it was tried
+
+
+def test_portaudio_may_fail_to_start_again_for_a_while(fake, monkeypatch):
+    """A sound server that restarts: PortAudio's own error is no traceback, nor is that of shutting
+    down what did not start."""
+    clock = Clock()
+    sd = fake(Device("Webcam"))
+    with microphone.Microphone(clock=clock) as mic:
+        initialize, terminate = sd._initialize, sd._terminate
+
+        def fails(*_):
+            raise PortAudioError("Error initializing PortAudio", -9999)
+
+        monkeypatch.setattr(sd, "_initialize", fails)
+        clock.now += microphone.STALL_S + 0.1
+        assert mic.read(0.0) is None
+        monkeypatch.setattr(sd, "_terminate", fails)
+        clock.now += microphone.REOPEN_EVERY_S
+        assert mic.read(0.0) is None
+        monkeypatch.setattr(sd, "_initialize", initialize)
+        clock.now += microphone.REOPEN_EVERY_S
+        assert len(mic.read(0.0)) == round(4.1 * 16_000)
+        monkeypatch.setattr(sd, "_terminate", terminate)
 
 
 def test_pure_silence_is_told_once_after_five_seconds():

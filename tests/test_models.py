@@ -18,6 +18,7 @@ from sparqle_stream import artifacts, models, weights
 from sparqle_stream.config import ModelConfig
 from sparqle_stream.config_json import config_from_json
 from sparqle_stream.errors import ConfigError, ModelError
+from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.tokenizer import TextTokenizer
 from sparqle_stream.weights import LlmFiles
 
@@ -287,3 +288,23 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(written, tmp_path, monke
     with pytest.raises(ModelError, match="cannot write the model's graphs") as caught:
         models.load(written[0], llm=written[1])
     assert "SPARQLE_HOME" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "{ half of it", '{"model": 7}'])
+def test_a_damaged_vocabulary_is_told(tmp_path, text):
+    """The library raises an Exception of no kind, which was a traceback."""
+    for load in (CtcPieces.load, lambda path: TextTokenizer.load(path, 0)):
+        path = tmp_path / "pieces.json"
+        with pytest.raises(ModelError, match=r"cannot read .*pieces\.json"):
+            load(path)  # there is none
+        path.write_text(text)
+        with pytest.raises(ModelError, match=r"cannot read .*pieces\.json"):
+            load(path)
+        path.unlink()
+
+
+@pytest.mark.parametrize("config", [{"bos_id": 1}, {"llm": {}}, {"llm": {"widht": 3}, "bos_id": 1}])
+def test_an_llm_folder_with_half_a_config_is_told(tmp_path, config):
+    (tmp_path / weights.OWN_CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"sparqle_llm\.json"):
+        weights.read_llm(tmp_path)

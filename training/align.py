@@ -28,11 +28,15 @@ from sparqle_stream.pieces import BLANK, CtcPieces
 from training.text import spoken
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from sparqle_stream.ctc import CtcHead
+    from sparqle_stream.encoder import Encoder
     from training.data import Floats
+
+    Transcript = tuple[str, str, object]  # id, text, handle
 
 WORDS = "words.jsonl"
 HEARD_AT_ONCE = 240  # recordings in memory
@@ -115,7 +119,7 @@ def poor_ids(folder: Path) -> set[str] | None:
     return {row["id"] for row in rows if row["is_poor"]}
 
 
-def transcripts(source: Path) -> list[tuple[str, str, object]]:
+def transcripts(source: Path) -> list[Transcript]:
     """Id, text and a handle of everything that a pack or a manifest transcribes."""
     from training import manifests
     from training.corpus import Pack
@@ -139,18 +143,21 @@ def recordings(source: Path, handles: list[object]) -> list[Floats]:
 
 
 def align(
-    source: Path, ear: Path, pieces: CtcPieces, chunk_frames: int, done: set[str], poor: float
+    source: Path,
+    todo: Sequence[Transcript],
+    ear: tuple[Encoder, CtcHead],
+    pieces: CtcPieces,
+    chunk_frames: int,
+    poor: float,
 ) -> Iterator[dict[str, object]]:
-    """Lines of words.jsonl for what is not `done`; chunk_frames 0 hears with full context."""
-    from training.hearing import load_ear, posteriors
+    """Lines of words.jsonl for some of `transcripts`; chunk_frames 0 hears with full context."""
+    from training.hearing import posteriors
 
-    encoder, head = load_ear(ear, pieces.size)
-    todo = [one for one in transcripts(source) if one[0] not in done]
     bar = tqdm(total=len(todo), desc="align", unit="clip", disable=None)
     for at in range(0, len(todo), HEARD_AT_ONCE):
         part = todo[at : at + HEARD_AT_ONCE]
         pcm = recordings(source, [handle for _, _, handle in part])
-        for i, log_probs in posteriors(encoder, head, pcm, chunk_frames):
+        for i, log_probs in posteriors(*ear, pcm, chunk_frames):
             words, score = align_words(log_probs.numpy(), part[i][1], pieces)
             is_poor = not score >= poor
             told = [] if score == -np.inf else [[w.text, w.end_ms] for w in words]
@@ -165,6 +172,7 @@ def align(
 
 def main() -> None:
     from training.errors import reported
+    from training.hearing import load_ear
 
     parser = argparse.ArgumentParser(prog="python -m training.align", description=__doc__)
     parser.add_argument("source", type=Path, help="a pack, or a folder or file with a manifest")
@@ -180,12 +188,16 @@ def main() -> None:
     lines = out.read_text().splitlines() if args.resume and out.is_file() else []
     known = [json.loads(line) for line in lines]
     n, n_poor = len(known), sum(row["is_poor"] for row in known)
-    with reported(), out.open("a" if args.resume else "w") as file:
+    with reported():
         pieces, done = CtcPieces.load(args.pieces), {row["id"] for row in known}
-        for row in align(args.source, args.ear, pieces, args.chunk_ms // 20, done, args.poor):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            n, n_poor = n + 1, n_poor + bool(row["is_poor"])
+        ear = load_ear(args.ear, pieces.size)
+        todo = [one for one in transcripts(args.source) if one[0] not in done]
+        # Only now: a misspelt name must not cost what an earlier run has written.
+        with out.open("a" if args.resume else "w") as file:
+            for row in align(args.source, todo, ear, pieces, args.chunk_ms // 20, args.poor):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                n, n_poor = n + 1, n_poor + bool(row["is_poor"])
     print(f"{n} recordings, {n_poor} of them poor -> {out}")
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparqle_stream.errors import AudioFormatError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import BinaryIO
@@ -83,15 +85,23 @@ class PackWriter:
 
 
 def decode_file(file: Path | BinaryIO) -> NDArray[np.int16]:
-    """Any audio file that PyAV opens -> PCM (S,) int16 at 16 kHz, mono."""
+    """Any audio file that PyAV opens -> PCM (S,) int16 at 16 kHz, mono.
+
+    Raises AudioFormatError for a file that is not there, damaged, or without sound.
+    """
     import av
 
     resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
     parts: list[NDArray[np.int16]] = []
-    with av.open(str(file) if isinstance(file, Path) else file, "r") as container:
-        for frame in container.decode(audio=0):
-            parts += [_samples(out) for out in resampler.resample(frame)]
-        parts += [_samples(out) for out in resampler.resample(None)]
+    try:
+        with av.open(str(file) if isinstance(file, Path) else file, "r") as container:
+            for frame in container.decode(audio=0):
+                parts += [_samples(out) for out in resampler.resample(frame)]
+            parts += [_samples(out) for out in resampler.resample(None)]
+    except (av.FFmpegError, IndexError) as err:  # IndexError: no stream of audio
+        raise AudioFormatError(
+            f"{file} cannot be decoded: {err}", hint="mend it, or leave it out of the manifest"
+        ) from err
     return np.concatenate(parts) if parts else np.zeros(0, np.int16)
 
 
@@ -108,7 +118,3 @@ def decode_all(recordings: Iterable[Recording]) -> Iterator[tuple[Recording, NDA
         start = round(one.start_s * SAMPLE_RATE_HZ)
         n = len(whole) if one.seconds is None else round(one.seconds * SAMPLE_RATE_HZ)
         yield one, whole[start : start + n]
-
-
-def open_packs(folders: Iterable[Path]) -> list[Pack]:
-    return [Pack(folder) for folder in folders]

@@ -11,7 +11,6 @@ then have, the teacher's posteriors are soft targets as well (Hinton et al., 201
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ from training.hearing import distil_loss, encoder_config, load_ear, mel_of, padd
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
-from training.sources import SHARE_SEED, Feed, Source, make_sampler
+from training.sources import SHARE_SEED, Feed, Source, make_feed
 
 if TYPE_CHECKING:
     from sparqle_stream.ctc import CtcHead
@@ -97,10 +96,7 @@ class Trainer(Run):
         self.student.load_state_dict(weights)
 
     def make_feed(self, share: int) -> Feed:
-        cfg = self.cfg
-        seed = cfg.seed + self.step + SHARE_SEED * share
-        sampler = make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed)
-        return Feed(random.Random(seed + 1), sampler)
+        return make_feed(self.cfg, self.cfg.seed + self.step + SHARE_SEED * share)
 
     def warm_up(self, group: int) -> float:
         return min(1.0, (self.step + 1) / self.cfg.warmup)

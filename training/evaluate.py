@@ -91,14 +91,14 @@ def stream(args: argparse.Namespace) -> dict[str, float]:
     options = StreamOptions(
         chunk_ms=args.chunk_ms, delay_ms=args.delay_ms, vad=VadConfig(kind=args.vad)
     )
-    engine = Engine(models.load(str(args.weights)), EngineConfig(chunk_ms=args.chunk_ms))
     texts = []
-    for i, clip in enumerate(tqdm(clips, desc="stream", unit="clip", disable=None)):
-        events = engine.transcribe(pack.pcm(clip), options)
-        texts.append("".join(e.text for e in events if isinstance(e, Final)).strip())
-        if i < args.show:
-            print(f"  {clip.text}\n> {texts[-1]}")
-    engine.close()
+    model, cfg = models.load(str(args.weights)), EngineConfig(chunk_ms=args.chunk_ms)
+    with Engine(model, cfg) as engine:
+        for i, clip in enumerate(tqdm(clips, desc="stream", unit="clip", disable=None)):
+            events = engine.transcribe(pack.pcm(clip), options)
+            texts.append("".join(e.text for e in events if isinstance(e, Final)).strip())
+            if i < args.show:
+                print(f"  {clip.text}\n> {texts[-1]}")
     return error_rates([c.text for c in clips], texts)
 
 

@@ -9,7 +9,6 @@ placed by forced alignment on the streaming posteriors of the same distorted aud
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ from training.place import HERE, Place, find_place
 from training.prompts import draw_instruction
 from training.rows import Row, interleave, merged
 from training.simulate import simulate
-from training.sources import SHARE_SEED, Feed, make_sampler
+from training.sources import SHARE_SEED, Feed, make_feed
 from training.text import is_spelled_out, written
 
 FRAME_MS = FRAME_SAMPLES * 1000 // SAMPLE_RATE_HZ
@@ -66,10 +65,7 @@ class Trainer(Run):
         self.bridge.load_trained(weights)
 
     def make_feed(self, share: int) -> Feed:
-        cfg = self.cfg
-        seed = cfg.seed + 17 * self.step + 1 + SHARE_SEED * share
-        sampler = make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed)
-        return Feed(random.Random(seed), sampler)
+        return make_feed(self.cfg, self.cfg.seed + 17 * self.step + 1 + SHARE_SEED * share)
 
     def warm_up(self, group: int) -> float:
         return min(1.0, (self.step + 1) / self.cfg.warmup)

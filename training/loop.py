@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from sparqle_stream.errors import ConfigError
+from sparqle_stream.weights import part as part  # for runs: what `weights` gives, module by module
 from training.errors import reported
 from training.place import HERE, Place
 
@@ -37,11 +38,6 @@ if TYPE_CHECKING:
 
 LOWEST_RATE = 0.02  # of the peak, at the end
 SUMMED = ("audio_s", "rows")  # of a step's shares; other values are averaged
-
-
-def part(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Weights of one module, by their names in it."""
-    return {k[len(name) + 1 :]: v for k, v in weights.items() if k.startswith(name + ".")}
 
 
 @contextmanager

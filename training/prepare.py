@@ -26,13 +26,12 @@ FACTS = ("id", "text", "speaker", "corpus", "licence")
 
 
 def pack(args: argparse.Namespace) -> None:
-    with reported():
-        found = [one for source in args.sources for one in manifests.read(source)[1]]
-        writer = PackWriter(args.out)
-        for one, pcm in decode_all(tqdm(found, desc="decode", unit="clip")):
-            facts = {key: getattr(one, key) for key in FACTS}
-            writer.add(pcm, targets=dict(one.targets), **facts)
-        writer.close()
+    found = [one for source in args.sources for one in manifests.read(source)[1]]
+    writer = PackWriter(args.out)
+    for one, pcm in decode_all(tqdm(found, desc="decode", unit="clip")):
+        facts = {key: getattr(one, key) for key in FACTS}
+        writer.add(pcm, targets=dict(one.targets), **facts)
+    writer.close()
 
 
 def text(args: argparse.Namespace) -> None:
@@ -98,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    args.run(args)
+    with reported():
+        args.run(args)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,19 @@ def from_table(cls: type[T], raw: dict[str, Any], where: str) -> T:
     ]
     if lacking:
         raise ConfigError(f"{where}: {', '.join(lacking)} missing", hint="see training/configs")
-    return cls(**{name: _value(hints[name], value, where) for name, value in raw.items()})
+    return cls(**{name: _value(hints[name], value, where, name) for name, value in raw.items()})
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - typed by the dataclass
-    if is_dataclass(kind) and isinstance(kind, type):
+def _value(kind: Any, value: Any, where: str, name: str) -> Any:  # noqa: ANN401 - typed by the dataclass
+    is_table, is_list = is_dataclass(kind), get_origin(kind) is tuple
+    wanted: Any = dict if is_table else list if is_list else get_args(kind) or kind
+    is_whole = wanted is float and isinstance(value, int)
+    is_stray_bool = isinstance(value, bool) and wanted in (int, float)
+    if is_stray_bool or not (is_whole or isinstance(value, wanted)):
+        what = "a table" if is_table else "a list" if is_list else getattr(kind, "__name__", kind)
+        raise ConfigError(f"{where}: {name} = {value!r} is not {what}", hint="see training/configs")
+    if is_table and isinstance(kind, type):
         return from_table(kind, value, where)
-    if get_origin(kind) is tuple:
-        return tuple(_value(get_args(kind)[0], one, where) for one in value)
+    if is_list:
+        return tuple(_value(get_args(kind)[0], one, where, name) for one in value)
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sparqle_stream.errors import ConfigError
 from training.align import poor_ids
@@ -60,6 +60,28 @@ def clips_of(source: Source, pack: Pack) -> list[Clip]:
             f"skip_poor: {pack.folder} has no words.jsonl", hint="run python -m training.align"
         )
     return [c for c in clips if usable(c) and c.id not in poor]
+
+
+class Draws(Protocol):
+    """What the config of a run says about its streams."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]: ...
+
+    @property
+    def noise(self) -> str: ...
+
+    @property
+    def augment(self) -> AugmentConfig: ...
+
+    @property
+    def stream_s(self) -> float: ...
+
+
+def make_feed(cfg: Draws, seed: int) -> Feed:
+    """Streams of a config's sources, and choices that do not repeat the sampler's."""
+    sampler = make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed)
+    return Feed(random.Random(seed + 1), sampler)
 
 
 def make_sampler(

@@ -11,7 +11,6 @@ look at the queries; SparQLe shares BERT's self-attention between both instead. 
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from training.hearing import LEFT_FRAMES, load_ear, mel_of, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
-from training.sources import SHARE_SEED, Feed, Source, make_sampler
+from training.sources import SHARE_SEED, Feed, Source, make_feed
 from training.text import spoken
 
 LONGEST_TEXT = 128  # pieces; SparQLe cuts there too
@@ -204,10 +203,7 @@ class Trainer(Run):
         self.model.load_state_dict(self.model.state_dict() | weights)
 
     def make_feed(self, share: int) -> Feed:
-        cfg = self.cfg
-        seed = cfg.seed + 13 * self.step + 1 + SHARE_SEED * share
-        sampler = make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed)
-        return Feed(random.Random(seed), sampler)
+        return make_feed(self.cfg, self.cfg.seed + 13 * self.step + 1 + SHARE_SEED * share)
 
     def warm_up(self, group: int) -> float:
         return min(1.0, (self.step + 1) / self.cfg.warmup)

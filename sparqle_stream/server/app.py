@@ -111,7 +111,7 @@ def background(engine: Engine, cfg: ServerConfig | None = None) -> Iterator[str]
             yield address_of(listener, is_tls=bool(cfg.tls_cert))
         finally:
             server.stop()
-            thread.join(cfg.drain_s + STOP_S)
+            thread.join(min(cfg.drain_s + STOP_S, threading.TIMEOUT_MAX))
 
 
 def address_of(listener: socket.socket, *, is_tls: bool = False) -> str:

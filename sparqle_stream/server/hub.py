@@ -128,7 +128,8 @@ class Hub:
     async def _wait_empty(
         self, seconds: float, is_hurried: Callable[[], bool] = lambda: False
     ) -> None:
-        for _ in range(int(seconds / POLL_S)):
-            if not self.connections or is_hurried():
+        end = asyncio.get_running_loop().time() + seconds
+        while self.connections and not is_hurried():
+            if asyncio.get_running_loop().time() >= end:
                 return
             await asyncio.sleep(POLL_S)

@@ -25,7 +25,12 @@ from sparqle_stream import audio, messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import BusyError, ConfigError, SparqleError
 from sparqle_stream.server import openai_files, request
-from sparqle_stream.server.settings import FrameSizeError, IdleError, TooManyStreamsError
+from sparqle_stream.server.settings import (
+    FrameSizeError,
+    IdleError,
+    InternalError,
+    TooManyStreamsError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -129,6 +134,10 @@ class Upload:
         except SparqleError as err:
             told = SparqleError(err.message.replace(str(path), "the file"), err.hint)
             told.code = err.code
+            self._loop.call_soon_threadsafe(self._fail, told)
+        except Exception:  # the client waits for an answer: it must not wait for ever
+            log.exception("an upload could not be read")
+            told = InternalError("the server failed", hint="its log says more")
             self._loop.call_soon_threadsafe(self._fail, told)
 
     def _from_worker(self, event: messages.Event) -> None:

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from bench_card import CARD
 
 from bench import compare, peers, report
 from bench.peers import OURS, PEERS
@@ -92,21 +93,6 @@ def test_a_result_by_hand(versions):
     assert "| transformers-base-offline | **1.50** (3.00, 0.75) |" in page
     assert "| sparqle: streaming | 0.200 | 0.200, 0.100, 0.400 | 510 MB | 0.0 |" in page
     assert "Left out: vosk (vosk not installed)." in page
-
-
-CARD = {
-    "cpu": "Example CPU",
-    "cpu_flags": [],
-    "cores": 2,
-    "cores_allowed": 2,
-    "threads": 2,
-    "memory_gb": 8.0,
-    "system": "Linux x86_64",
-    "python": "3.11.9",
-    "versions": {},
-    "commit": "0123456789ab",
-    "weights_hash": "",
-}
 
 
 def test_tokens_are_those_of_the_text_or_of_the_time():

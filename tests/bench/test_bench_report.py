@@ -6,26 +6,19 @@ import copy
 import json
 import re
 
+import bench_card
 import pytest
 
 from bench import report
 from bench.delays import percentiles_ms
 from sparqle_stream.errors import ConfigError
 
-CARD = {
-    "cpu": "Example CPU",
+CARD = bench_card.CARD | {
     "cpu_flags": ["avx512f"],
     "cores": 4,
-    "cores_allowed": 2,
-    "threads": 2,
     "memory_gb": 16.5,
-    "system": "Linux x86_64",
-    "python": "3.11.9",
     "versions": {"torch": "2.13.0"},
-    "load_average": [0.1, 0.2, 0.3],
-    "commit": "0123456789ab",
     "weights_hash": "feedbeef00112233",
-    "date": "2025-11-22T10:00Z",
 }
 SETTINGS = {
     "model": "sparqle-base-en",

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from test_bench_compare import CARD
+from bench_card import CARD
 from test_bench_report import ACCURACY, LATENCY, SETTINGS, rows
 
 from bench import plots, report, soak

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,3 +181,26 @@ def test_a_busy_machine_is_refused(monkeypatch, capsys):
     monkeypatch.setattr("bench.machine.busy_share", lambda: 0.6)
     assert soak.main(["--model", "no-such-model"]) == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_only_audio_that_was_sent_counts():
+    """Who gives up after a second has not had an hour captioned."""
+    packets = [np.zeros(10, np.float32)] * 5
+    given_up, other = Tally(), Tally()
+    for n, _ in enumerate(given_up.sent(packets), 1):
+        if n == 2:
+            break
+    list(other.sent(packets))
+    other.fail("why")
+    both = given_up + other
+    assert (given_up.n_samples, both.n_samples, both.failed, both.reasons) == (20, 70, 1, {"why"})
+
+
+def test_a_run_in_which_nobody_is_taken_ends():
+    class Watcher:
+        def sample(self, cycles, audio_s):
+            return {"cycles": cycles, "audio_seconds": audio_s}
+
+    args = SimpleNamespace(hours=1.0, batch=2, longest_s=60.0, seed=0)
+    taken, tally = soak._rounds(args, lambda one, tally: tally.fail("busy"), Watcher(), 16_000)
+    assert (len(taken), tally.failed) == (1, 2)

@@ -275,9 +275,10 @@ def test_addresses(given, wanted):
     assert full_url(given, OpenAi.ROUTE) == wanted
 
 
-def test_an_address_that_is_none():
+@pytest.mark.parametrize("bad", ["ftp://host", "ws://host:port", "ws://[::1"])
+def test_an_address_that_is_none(bad):
     with pytest.raises(ConfigError, match="not the address"):
-        full_url("ftp://host", OpenAi.ROUTE)
+        full_url(bad, OpenAi.ROUTE)
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -368,6 +369,7 @@ def test_a_server_that_runs_elsewhere(server, idle, capsys, folder):
         (["--seconds", "0"], "--seconds 0"),
         (["--most", "-1"], "--most -1"),
         (["--dialect", "openai"], "needs a server"),
+        (["--dialect", "deepgram"], "needs a server"),
         (["--server-pid", "1"], "--url"),
         (["--stagger-s", "40"], "never run together"),
         (["--plot", "x.pdf"], "no PNG"),

@@ -38,6 +38,7 @@ def test_options_of_serve_and_of_the_scale():
         ({"min_replicas": "3", "max_replicas": "2"}, "do not fit"),
         ({"slots_in_use": "1.5"}, "slots_in_use"),
         ({"slots": "0"}, "above 0"),
+        ({"insecure": "yes"}, "neither true nor false"),  # it meant false, without a word
         ({}, "without a key"),
     ],
 )

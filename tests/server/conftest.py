@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,16 @@ def url(engine) -> Iterator[str]:
     """ws://127.0.0.1:PORT of a server with default settings."""
     with serving(engine) as url:
         yield url
+
+
+@pytest.fixture
+def no_traceback(caplog) -> Iterator[None]:
+    """Whatever a client does is no bug: nothing at ERROR, nowhere a traceback."""
+    caplog.set_level(logging.INFO)
+    yield
+    for record in caplog.records:
+        assert record.levelno < logging.ERROR, record.getMessage()
+        assert record.exc_info is None, record.getMessage()
 
 
 @pytest.fixture

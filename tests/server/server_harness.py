@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import struct
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -18,7 +19,7 @@ from websockets.sync.client import connect
 from sparqle_stream import messages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from websockets.sync.client import ClientConnection
 
@@ -35,6 +36,14 @@ def serving(engine: Engine, **settings: Any) -> Iterator[str]:
     settings = {"port": 0, "drain_s": 0.0} | settings
     with server.background(engine, server.ServerConfig(**settings)) as url:
         yield url
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    """Polls; a loaded machine may take long, so only what never happens fails."""
+    end = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
 
 
 def s16(pcm) -> bytes:

@@ -10,13 +10,13 @@ import time
 
 import numpy as np
 import pytest
-from server_harness import rounded, serving, words
+from server_harness import rounded, serving, wait_until, words
 from websockets.sync.server import serve
 
 from sparqle_stream import client, messages
 from sparqle_stream.config import EngineConfig, StreamOptions
 from sparqle_stream.engine import Engine
-from sparqle_stream.errors import ConfigError
+from sparqle_stream.errors import ConfigError, ProtocolError
 
 
 def blocks(pcm, size=1_600):
@@ -64,10 +64,7 @@ def test_giving_up_early_frees_the_slot(engine, url, speech):
     for event in client.stream_sync(url, blocks(speech)):
         assert isinstance(event, messages.Ready)
         break
-    end = time.perf_counter() + 5
-    while engine.metrics().n_streams and time.perf_counter() < end:
-        time.sleep(0.01)
-    assert engine.metrics().n_streams == 0
+    wait_until(lambda: engine.metrics().n_streams == 0)
 
 
 @pytest.mark.parametrize("waits_for_ready", [False, True])
@@ -187,7 +184,7 @@ def test_fields_of_the_address_and_options_are_joined():
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "ws://", "ftp://h", "ws://h:port", "ws://h:99999", "file.wav/x"]
+    "bad", ["", "ws://", "ftp://h", "ws://h:port", "ws://h:99999", "ws://[::1:80", "file.wav/x"]
 )
 def test_what_is_no_address(bad):
     if bad == "file.wav/x":  # might be a host: told when it cannot be found
@@ -195,3 +192,9 @@ def test_what_is_no_address(bad):
         return
     with pytest.raises(ConfigError, match="is not the address of a server"):
         client.stream_url(bad)
+
+
+@pytest.mark.parametrize("frame", ["", "[]", "{}", '{"type": "final"}', "[" * 200_000])
+def test_a_frame_that_is_no_event(frame):
+    with pytest.raises(ProtocolError, match="not an event"):
+        messages.from_json(frame)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import logging
 import struct
 import time
 
@@ -22,6 +21,7 @@ from server_harness import (
     run,
     s16,
     serving,
+    wait_until,
 )
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
@@ -34,23 +34,7 @@ from sparqle_stream.errors import ConfigError
 KEY = "s3cret-key"
 
 
-@pytest.fixture(autouse=True)
-def no_traceback(caplog):
-    """Whatever a client does is no bug: nothing at ERROR, nowhere a traceback."""
-    caplog.set_level(logging.INFO)
-    yield
-    for record in caplog.records:
-        assert record.levelno < logging.ERROR, record.getMessage()
-        assert record.exc_info is None, record.getMessage()
-
-
-def wait_until(is_true, seconds: float = 5.0) -> float:
-    """Seconds until `is_true`, at most `seconds`."""
-    start = time.perf_counter()
-    while not is_true() and time.perf_counter() - start < seconds:
-        time.sleep(0.005)
-    assert is_true()
-    return time.perf_counter() - start
+pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
 def is_free(engine) -> bool:
@@ -189,7 +173,7 @@ def test_a_client_that_is_killed_mid_word_frees_its_slot(engine, url, speech, ro
         client.socket.close()
     else:
         client.reset()
-    assert wait_until(lambda: is_free(engine)) < 1.0
+    wait_until(lambda: is_free(engine))
 
 
 @pytest.mark.parametrize("goodbye", [RawClient.reset, lambda client: client.socket.close()])
@@ -197,14 +181,14 @@ def test_a_client_that_dies_while_its_file_waits_for_room(tiny, speech, goodbye)
     """The server does not read its socket then: the hang-up has to be seen in another way."""
     with (
         Engine(tiny, EngineConfig(n_slots=1, threads=1, backlog_s=1.0)) as engine,
-        serving(engine) as url,
+        serving(engine, ping_s=10 * WAIT_S) as url,  # no ping tells it
     ):
         client = RawClient(url, "/v1/stream?pace=file&vad=off")
         for _ in range(4):
             client.send(s16(np.tile(speech, 4)))
         wait_until(lambda: engine.metrics().audio_seconds > 1.0)
         goodbye(client)
-        assert wait_until(lambda: is_free(engine)) < 1.0
+        wait_until(lambda: is_free(engine))
         assert engine.metrics().audio_seconds < 30  # of 64: it was waiting
 
 
@@ -245,9 +229,10 @@ def test_a_client_that_says_nothing_is_closed(engine):
 
 
 def test_any_frame_keeps_a_client_alive(engine):
-    with serving(engine, idle_s=0.3) as url, open_stream(url) as websocket:
-        for _ in range(6):
-            time.sleep(0.1)
+    """Longer than it may be silent; a machine has to be very late for one of the frames to be."""
+    with serving(engine, idle_s=1.5) as url, open_stream(url) as websocket:
+        for _ in range(9):
+            time.sleep(0.2)
             websocket.send('{"type": "keepalive"}')
         websocket.send('{"type": "end"}')
         assert isinstance(rest(websocket)[-1], messages.Done)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import struct
@@ -13,7 +12,7 @@ import zlib
 
 import psutil
 import pytest
-from server_harness import WAIT_S, RawClient, get, run, s16, serving, text
+from server_harness import WAIT_S, RawClient, get, run, s16, serving, text, wait_until
 
 from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
@@ -38,21 +37,7 @@ def url(engine):
         yield url
 
 
-@pytest.fixture(autouse=True)
-def no_traceback(caplog):
-    caplog.set_level(logging.INFO)
-    yield
-    for record in caplog.records:
-        assert record.levelno < logging.ERROR, record.getMessage()
-        assert record.exc_info is None, record.getMessage()
-
-
-def wait_until(is_true, seconds: float = 10.0) -> float:
-    start = time.perf_counter()
-    while not is_true() and time.perf_counter() - start < seconds:
-        time.sleep(0.01)
-    assert is_true()
-    return time.perf_counter() - start
+pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
 def is_well(engine, url) -> None:

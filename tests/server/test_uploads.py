@@ -14,7 +14,7 @@ import wave
 import openai
 import pytest
 from openai import OpenAI
-from server_harness import WAIT_S, get, s16, serving
+from server_harness import WAIT_S, get, s16, serving, wait_until
 
 from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
@@ -233,10 +233,7 @@ def test_a_client_that_hangs_up_frees_its_slot(engine, url):
             )
             sock.sendall(body[:n_sent])
             time.sleep(0.3)
-        deadline = time.perf_counter() + 10
-        while get(url, "/readyz")[1]["slots_free"] < 2 and time.perf_counter() < deadline:
-            time.sleep(0.02)
-        assert get(url, "/readyz")[1]["slots_free"] == 2
+        wait_until(lambda: get(url, "/readyz")[1]["slots_free"] == 2)
         assert engine.metrics().n_streams == 0
 
 
@@ -246,10 +243,7 @@ def test_a_client_that_leaves_its_events_frees_its_slot(engine, url, client):
         for _ in range(n_read):
             next(iter(events))
         events.close()
-        deadline = time.perf_counter() + 10
-        while get(url, "/readyz")[1]["slots_free"] < 2 and time.perf_counter() < deadline:
-            time.sleep(0.02)
-        assert get(url, "/readyz")[1]["slots_free"] == 2
+        wait_until(lambda: get(url, "/readyz")[1]["slots_free"] == 2)
         assert engine.metrics().n_streams == 0
 
 
@@ -261,3 +255,17 @@ def test_a_recording_that_is_too_long(engine):
                 create(client)
             assert refused.value.status_code == 413
             assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+def test_a_failure_while_the_file_is_read_is_an_answer(client, engine, monkeypatch):
+    """What is no error of the file ended the reading and nothing else: the client waited on."""
+
+    def broken(path, block):
+        raise MemoryError("a bug")
+
+    monkeypatch.setattr("sparqle_stream.server.uploads.audio.stream_file", broken)
+    with pytest.raises(openai.APIStatusError) as failed:
+        client.with_options(timeout=WAIT_S).audio.transcriptions.create(file=FILE, model="tiny")
+    assert failed.value.status_code == 500
+    assert failed.value.code == "internal"
+    assert engine.metrics().n_streams == 0

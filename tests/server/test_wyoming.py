@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 
 import pytest
-from server_harness import WAIT_S, get, s16, serving
+from server_harness import WAIT_S, get, s16, serving, wait_until
 
 from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
@@ -174,11 +173,8 @@ def test_a_client_that_vanishes_frees_its_slot(server, engine):
     port, url = server
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(b'{"type": "audio-start", "data": {"rate":16000,"width":2,"channels":1}}\n')
-        deadline = time.perf_counter() + WAIT_S
-        while engine.metrics().n_streams == 0 and time.perf_counter() < deadline:
-            time.sleep(0.005)
-    while engine.metrics().n_streams and time.perf_counter() < deadline:
-        time.sleep(0.005)
+        wait_until(lambda: engine.metrics().n_streams == 1)
+    wait_until(lambda: engine.metrics().n_streams == 0)
     assert get(url, "/readyz")[1]["slots_free"] == 1
 
 

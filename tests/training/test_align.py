@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparqle_stream.errors import ConfigError
+from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.pieces import BLANK, greedy_path
 from training import align
 from training.align import BAD_ALIGNMENT, CTC_EARLY_FRAMES, align_words, viterbi
@@ -198,6 +198,24 @@ def test_aligning_goes_on_where_it_stopped(spelled, monkeypatch):
     first = (folder / align.WORDS).read_text().splitlines()[0]
     (folder / align.WORDS).write_text(first + "\n")
     assert run_align(monkeypatch, folder, "--resume") == whole
+
+
+def test_a_wrong_option_leaves_what_was_aligned(spelled, monkeypatch, capsys):
+    """The file was emptied first, and the ear looked for then: hours of work for a typing error."""
+    from training import hearing
+
+    folder, _ = spelled
+    run_align(monkeypatch, folder)
+    written = (folder / align.WORDS).read_text()
+
+    def load_ear(path, n_pieces):
+        raise ModelError(f"cannot read {path}", hint="")
+
+    monkeypatch.setattr(hearing, "load_ear", load_ear)
+    with pytest.raises(SystemExit, match="2"):
+        run_align(monkeypatch, folder)
+    assert "cannot read ear" in capsys.readouterr().err
+    assert (folder / align.WORDS).read_text() == written
 
 
 def test_a_manifest_is_aligned_too(tmp_path):

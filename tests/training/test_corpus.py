@@ -7,7 +7,8 @@ import wave
 import numpy as np
 import pytest
 
-from training.corpus import Pack, PackWriter, decode_file, open_packs
+from sparqle_stream.errors import AudioFormatError
+from training.corpus import Pack, PackWriter, decode_file
 
 FACTS = {"speaker": "s1", "corpus": "c", "licence": "CC0"}
 
@@ -28,7 +29,7 @@ def test_a_pack_comes_back_as_it_was_written(tmp_path):
     for i, pcm in enumerate(clips):
         writer.add(pcm, id=f"clip-{i}", text="Ünïcode\u2028text", **FACTS)
     writer.close()
-    (pack,) = open_packs([tmp_path / "a"])
+    pack = Pack(tmp_path / "a")
     assert [c.id for c in pack.clips] == ["clip-0", "clip-1", "clip-2", "clip-3"]
     assert pack.clips[3].text == "Ünïcode\u2028text"
     assert pack.clips[3].seconds == 4097 / 16_000
@@ -69,3 +70,10 @@ def test_packs_are_mapped_not_read(tmp_path):
     writer.add(np.ones(16_000, np.int16), id="a", text="", **FACTS)
     writer.close()
     assert isinstance(Pack(tmp_path).samples, np.memmap)
+
+
+def test_a_file_that_is_no_sound_is_told(tmp_path):
+    (tmp_path / "a.wav").write_text("no sound")
+    for name in ("a.wav", "none.wav"):
+        with pytest.raises(AudioFormatError, match=rf"{name} cannot be decoded"):
+            decode_file(tmp_path / name)

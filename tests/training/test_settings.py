@@ -32,6 +32,7 @@ def test_tables_and_lists_become_what_the_fields_say(tmp_path):
     text = "sizes = [2, 3]\n[one]\nname = 'x'\n[[parts]]\nname = 'y'\nweight = 2.0\n"
     assert read(tmp_path, text) == Whole((Part("y", 2.0),), (2, 3), Part("x"))
     assert read(tmp_path, "parts = []") == Whole(())
+    assert read(tmp_path, "[[parts]]\nname = 'x'\nweight = 2") == Whole((Part("x", 2),))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,15 @@ def test_tables_and_lists_become_what_the_fields_say(tmp_path):
         ("[[parts]]\nnam = 'x'", "a.toml: unknown option nam", "did you mean name?"),
         ("sizes = [1]", "a.toml: parts missing", "see training/configs"),
         ("parts = [", "cannot read .*a.toml", "see training/configs"),
+        ("parts = 5", "a.toml: parts = 5 is not a list", "see training/configs"),
+        ("parts = []\none = 'x'", "a.toml: one = 'x' is not a table", "see training/configs"),
+        ("parts = []\nsizes = ['1']", "a.toml: sizes = '1' is not int", "see training/configs"),
+        ("parts = []\nsizes = [true]", "a.toml: sizes = True is not int", "see training/configs"),
+        (
+            "[[parts]]\nname = 'x'\nweight = '2'",
+            "weight = '2' is not float",
+            "see training/configs",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path, text, message, hint):

@@ -1,4 +1,8 @@
-"""Encoder attention over whole utterances with the masks of streaming: what training calls."""
+"""Encoder attention over whole utterances with the masks of streaming, forward and backward.
+
+Nothing calls it yet: training looks ahead, which these masks do not, and no GPU has timed it. Until
+then `encoder.masked_attention` is what training runs on.
+"""
 
 from __future__ import annotations
 

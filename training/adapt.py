@@ -9,7 +9,6 @@ learns alone first (`head_steps`), so that a random head never drags the encoder
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +20,13 @@ from sparqle_stream.config import SAMPLE_RATE_HZ, SILENT_MEL, CtcConfig
 from sparqle_stream.ctc import CtcHead
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.pieces import CtcPieces
-from sparqle_stream.weights import load_into, read_safetensors
+from sparqle_stream.weights import load_into, part, read_safetensors
 from training.data import AugmentConfig, spec_augment
 from training.hearing import distil_loss, encoder_config, mel_of, padded
-from training.loop import Run, main, part
+from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
-from training.sources import SHARE_SEED, Feed, Source, make_sampler
+from training.sources import SHARE_SEED, Feed, Source, make_feed
 from training.text import spoken
 
 
@@ -139,10 +138,7 @@ class Trainer(Run):
         self.head.load_state_dict(part(weights, "ctc"))
 
     def make_feed(self, share: int) -> Feed:
-        cfg = self.cfg
-        seed = cfg.seed + self.step + SHARE_SEED * share
-        sampler = make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed)
-        return Feed(random.Random(seed + 1), sampler)
+        return make_feed(self.cfg, self.cfg.seed + self.step + SHARE_SEED * share)
 
     def warm_up(self, group: int) -> float:
         waited = self.cfg.head_steps if group else -1

@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from sparqle_stream.errors import ConfigError
-from sparqle_stream.weights import part as part  # for runs: what `weights` gives, module by module
 from training.errors import reported
 from training.place import HERE, Place
 

@@ -323,7 +323,7 @@ class WordBeam:
     # --- reading ---------------------------------------------------------------------------------
 
     def candidates(self) -> tuple[list[Candidate], float, float]:
-        """Next words, best first; the log mass of all readings counted, and of those without a word.
+        """Next words, best first; log mass of all readings that count, and of those without a word.
 
         A word that is open counts as if it ended here, where it can; elsewhere readings count for
         the word that they begin with, or not at all.

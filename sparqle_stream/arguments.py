@@ -261,8 +261,8 @@ def _model(parser: Parser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="precision of the language model; int4 and int8 are for CPUs, auto takes what is"
-        " fastest on the device (default %(default)s)",
+        help="precision of the language model; int4 and int8 are for CPUs, with all else in 8 bits;"
+        " auto takes what is fastest on the device (default %(default)s)",
     )
     add(
         "--compute",

@@ -61,9 +61,9 @@ def load(
     """A model by name or folder with its LLM (by name, file or folder), ready on `device`.
 
     dtype: of the LLM's matrices, where most of the bytes are: 'int4', 'int8' or 'float32' on the
-    ONNX backend, 'float32' or 'bfloat16' (then of everything) on torch. threads: of the ONNX
-    backend, 0 for as many as there are cores. Raises ConfigError for what does not go together,
-    ModelError for files that are missing or wrong.
+    ONNX backend (the first two with all else in 8 bits), 'float32' or 'bfloat16' (then of
+    everything) on torch. threads: of the ONNX backend, 0 for as many as there are cores. Raises
+    ConfigError for what does not go together, ModelError for files that are missing or wrong.
     """
     is_random = str(name_or_path) == RANDOM_TINY
     backend, dtype = choose(backend, dtype, device, is_random=is_random)

@@ -26,6 +26,7 @@ import numpy as np
 from sparqle_stream import features
 from sparqle_stream.errors import ModelError
 from sparqle_stream.onnx_cpu import graphs
+from sparqle_stream.onnx_cpu.calibrate import slot_scales
 from sparqle_stream.onnx_cpu.settings import FORMAT, INDEX
 from sparqle_stream.tokenizer import TextTokenizer
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 def export(model: SparqleModel, out: Path, bits: int, words: Path | None = None) -> None:
     """Writes `model`, whose weights are float32 and unjoined, with the LLM in `bits` (4, 8, 32).
 
+    Unless `bits` is 32, encoder, CTC head and Q-Former are in 8 bits, and so are the LLM's slots.
     words: the model's lexicon file, if it has one. Raises ModelError for what cannot be exported.
     """
     if model.cfg.qformer.kind == "utterance":
@@ -61,9 +63,11 @@ def _write(model: SparqleModel, out: Path, bits: int) -> None:
     encoder = _arrays(model.encoder) | {"positions": _array(model.encoder.positions)}
     filters = features.mel_filters(cfg.features.n_mels, cfg.features.n_fft).numpy()
     graphs.features(cfg.features, filters).save(out)
-    graphs.ear(cfg.encoder, encoder, _arrays(model.ctc)).save(out)
-    graphs.qformer(cfg.qformer, _arrays(model.qformer)).save(out)
-    graphs.llm(cfg.llm, _joined(model.llm), bits).save(out)
+    is_int8 = bits != 32
+    graphs.ear(cfg.encoder, encoder, _arrays(model.ctc), is_int8=is_int8).save(out)
+    graphs.qformer(cfg.qformer, _arrays(model.qformer), is_int8=is_int8).save(out)
+    scales = slot_scales(model) if is_int8 else None
+    graphs.llm(cfg.llm, _joined(model.llm), bits, scales).save(out)
     tokens = _array(model.llm.tokens.weight)
     head = tokens if model.llm.head is None else _array(model.llm.head.weight)
     graphs.vocabulary(head, bits).save(out)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sparqle_stream.onnx_cpu.blocks import quantize_blocks
+from sparqle_stream.onnx_cpu.blocks import quantize_blocks, quantize_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,7 @@ CONTRIB_OPS = frozenset(
         "BiasGelu",
         "FusedMatMul",
         "GroupQueryAttention",
+        "MatMulIntegerToFloat",
         "MatMulNBits",
         "QuickGelu",
         "SkipLayerNormalization",
@@ -36,14 +37,20 @@ CONTRIB_OPS = frozenset(
     ]
 )
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
+FLOAT16, INT8 = TensorProto.FLOAT16, TensorProto.INT8
+ZERO, LARGEST = 128, 127  # of rows of input in 8 bits without a sign
 EXTERNAL_BYTES = 4096  # weights from this size on lie in the file beside the graph
 
 
 class Graph:
-    """One graph in the making; every method that makes a value returns its name."""
+    """One graph in the making; every method that makes a value returns its name.
 
-    def __init__(self, name: str) -> None:
+    is_int8: `linear` multiplies whole numbers, and rings are kept in float16.
+    """
+
+    def __init__(self, name: str, *, is_int8: bool = False) -> None:
         self.name = name
+        self._is_int8 = is_int8
         self._nodes: list[Any] = []
         self._weights: list[Any] = []
         self._inputs: list[Any] = []
@@ -61,10 +68,16 @@ class Graph:
         self.add("Identity", value, outputs=[name])
         self._outputs.append(helper.make_tensor_value_info(name, FLOAT, shape))
 
-    def declare(self, name: str, shape: Sequence[int | str]) -> str:
-        """A float32 output that some node will write under this name itself."""
-        self._outputs.append(helper.make_tensor_value_info(name, FLOAT, shape))
+    def declare(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
+        """An output that some node will write under this name itself."""
+        self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
+
+    def ring(self, name: str, shape: Sequence[int | str]) -> str:
+        """A ring's input, in float32 for what reads it."""
+        if not self._is_int8:
+            return self.input(name, FLOAT, shape)
+        return str(self.add("Cast", self.input(name, FLOAT16, shape), to=FLOAT))
 
     def const(self, value: Array | float | Sequence[int], kind: type | None = None) -> str:
         """A constant: arrays as they are, whole numbers as int64, others as float32."""
@@ -121,9 +134,27 @@ class Graph:
     # --- layers ----------------------------------------------------------------------------------
 
     def linear(self, x: str, weight: Floats, bias: Floats | None = None) -> str:
-        """x (..., in) times weight (out, in), float32."""
-        y = self.add("MatMul", x, self.const(weight.T))
-        return str(y if bias is None else self.add("Add", y, self.const(bias)))
+        """x (..., in) times weight (out, in), in float32 or in whole numbers."""
+        if self._is_int8:
+            y = self._int8_product(x, weight)
+        else:
+            y = str(self.add("MatMul", x, self.const(weight.T)))
+        return y if bias is None else str(self.add("Add", y, self.const(bias)))
+
+    def _int8_product(self, x: str, weight: Floats) -> str:
+        """Every row of x is rounded to 8 bits by its own largest number: rows share no scale.
+
+        Sums of whole numbers are exact: how many rows there are changes nothing either.
+        """
+        q, scale = quantize_rows(weight)
+        largest = self.add("ReduceMax", self.add("Abs", x), self.const([-1]), keepdims=1)
+        largest = self.add("Max", largest, self.const(1e-12))
+        steps = self.add("Mul", x, self.add("Div", self.const(float(LARGEST)), largest))
+        zero = self.const(ZERO, np.uint8)
+        whole = self.add("QuantizeLinear", steps, self.const(1.0), zero)
+        scales = self.const(1.0), self.const(scale / LARGEST)
+        y = self.add("MatMulIntegerToFloat", whole, self.const(q.T), *scales, zero)
+        return str(self.add("Mul", y, largest))
 
     def low_bit_linear(self, x: str, weight: Floats, bits: int) -> str:
         """The same in blocks of 4 or 8 bits; 32 bits: float32.

@@ -2,8 +2,9 @@
 
 In: configs and weights under the names of the torch modules, as numpy arrays. Out: a `Graph` each.
 History goes in as rings and slots and what is new comes out: the caller writes it into its rings
-(position modulo length); the LLM's slots alone are written in place. All but the LLM's matrices is
-float32. The graphs equal the torch stages to 1e-3 over a stream; tests/onnx_cpu says so.
+(position modulo length); the LLM's slots alone are written in place. With matrices in few bits rows
+of input are rounded too, each by itself, rings are float16 and slots int8. All in float32 the
+graphs equal the torch stages to 1e-3 over a stream; tests/onnx_cpu says so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sparqle_stream.config import (
     QUERY_MS,
     SAMPLE_RATE_HZ,
 )
-from sparqle_stream.onnx_cpu.graph import FLOAT, INT32, INT64, Floats, Graph
+from sparqle_stream.onnx_cpu.graph import FLOAT, INT8, INT32, INT64, Floats, Graph
 from sparqle_stream.onnx_cpu.settings import places
 
 if TYPE_CHECKING:
@@ -90,14 +91,14 @@ def _slow_gain(g: Graph, cfg: FeatureConfig, loud: str, peak: str) -> tuple[str,
 # --- the ear: encoder and CTC ---------------------------------------------------------------------
 
 
-def ear(cfg: EncoderConfig, encoder: Weights, ctc: Weights) -> Graph:
+def ear(cfg: EncoderConfig, encoder: Weights, ctc: Weights, *, is_int8: bool = False) -> Graph:
     """mel (B, 3 + 2 T + 2 ahead, M) -> frames (B, T, D), log_probs, new K and V of a chunk.
 
     ahead (1): frames of look-ahead, which the chunk sees and which are forgotten; position (B):
     frames since the start; ring_position (B, L): -1 where nothing was written; k_i, v_i
     (B, H, L, d): each layer's ring.
     """
-    g = Graph("ear")
+    g = Graph("ear", is_int8=is_int8)
     mel = g.input("mel", FLOAT, ["B", "M", cfg.n_mels])
     position = g.input("position", INT64, ["B"])
     ring_position = g.input("ring_position", INT64, ["B", cfg.left_frames])
@@ -142,7 +143,7 @@ def _block(
     """
     (x, normed), (unseen, n_new) = before, seen
     ring: Shape = ["B", cfg.n_heads, cfg.left_frames, cfg.head_width]
-    past_k, past_v = g.input(f"k_{i}", FLOAT, ring), g.input(f"v_{i}", FLOAT, ring)
+    past_k, past_v = g.ring(f"k_{i}", ring), g.ring(f"v_{i}", ring)
     scale = cfg.head_width**-0.5
     qkv = np.concatenate([w["query.weight"] * scale, w["key.weight"], w["value.weight"]])
     no_bias = np.zeros(cfg.width, np.float32)
@@ -180,7 +181,7 @@ def _ctc(g: Graph, w: Weights, frames: str) -> str:
 # --- the Q-Former ---------------------------------------------------------------------------------
 
 
-def qformer(cfg: QFormerConfig, w: Weights) -> Graph:
+def qformer(cfg: QFormerConfig, w: Weights, *, is_int8: bool = False) -> Graph:
     """frames (B, T, W), log_probs (B, T / 2, V) of a chunk -> queries (B, Q, E), new K and V.
 
     before (B, 1, V): CTC posteriors of the frame before the chunk; delay_ms (B); position (B):
@@ -188,7 +189,7 @@ def qformer(cfg: QFormerConfig, w: Weights) -> Graph:
     written; self_k_i, self_v_i (B, H, Lq, d), cross_k_i, cross_v_i (B, H, Lf, d): each layer's
     rings, of past queries and of past frames.
     """
-    g = Graph("qformer")
+    g = Graph("qformer", is_int8=is_int8)
     frames = g.input("frames", FLOAT, ["B", "T", cfg.encoder_width])
     log_probs = g.input("log_probs", FLOAT, ["B", "C", cfg.n_pieces])
     before = g.input("before", FLOAT, ["B", 1, cfg.n_pieces])
@@ -256,8 +257,7 @@ def _attend(
     w = {k.removeprefix(f"{name.split('_')[0]}_attn."): v for k, v in part.items()}
     head_width = cfg.width // cfg.n_heads
     ring: Shape = ["B", cfg.n_heads, reach, head_width]
-    past_k = g.input(name.format("k"), FLOAT, ring)
-    past_v = g.input(name.format("v"), FLOAT, ring)
+    past_k, past_v = g.ring(name.format("k"), ring), g.ring(name.format("v"), ring)
     normed = g.add("LayerNormalization", x, *_norm(g, w, "norm"), epsilon=EPS, axis=-1)
     scale = head_width**-0.5
     q = g.heads(g.linear(normed, w["query.weight"] * scale, w["query.bias"] * scale), cfg.n_heads)
@@ -292,13 +292,14 @@ def _heard(g: Graph, w: Weights, log_probs: str, before: str) -> str:
 # --- the LLM --------------------------------------------------------------------------------------
 
 
-def llm(cfg: LlmConfig, w: Weights, bits: int) -> Graph:
+def llm(cfg: LlmConfig, w: Weights, bits: int, scales: Weights | None = None) -> Graph:
     """Appends rows to slots: x (M, E), rows of all slots one after another -> hidden (B', E).
 
     spread (B, S): row of x for each slot and place, M for none; pack (M): place in (B S) of each
     row of x; last (B'): rows of x whose final-normed hidden is wanted; n_total (B): rows of a slot,
     the new ones included, less one; n_new (B): new rows of a slot; k_i, v_i (B, KV, N, d): slots,
-    written in place where the caller binds k_out_i, v_out_i to the same memory.
+    written in place where the caller binds k_out_i, v_out_i to the same memory. They are int8 with
+    `scales` of k_i and v_i (1, KV, 1, d), else float32.
     """
     g = Graph("llm")
     x = g.input("x", FLOAT, ["M", cfg.width])
@@ -310,7 +311,11 @@ def llm(cfg: LlmConfig, w: Weights, bits: int) -> Graph:
     half = np.arange(0, cfg.head_width, 2) / cfg.head_width
     angle = np.outer(np.arange(n_places), cfg.rope_theta**-half)
     rope = g.const(np.cos(angle)), g.const(np.sin(angle))
-    head = {"num_heads": cfg.n_heads, "kv_num_heads": cfg.n_kv_heads, "do_rotary": 1}
+    head: dict[str, int | str] = {"num_heads": cfg.n_heads, "kv_num_heads": cfg.n_kv_heads}
+    head["do_rotary"] = 1
+    if scales is not None:
+        head |= {f"{part}_quant_type": "PER_CHANNEL" for part in "kv"} | {"kv_cache_bit_width": 8}
+    kind = FLOAT if scales is None else INT8
     slot: Shape = ["B", cfg.n_kv_heads, n_places, cfg.head_width]
     nothing = g.const(np.zeros((1, w["layers.0.attn.qkv_proj"].shape[0]), np.float32))
     first = g.const(w["layers.0.attn_norm.weight"])
@@ -319,9 +324,10 @@ def llm(cfg: LlmConfig, w: Weights, bits: int) -> Graph:
         part = {k.removeprefix(f"layers.{i}."): v for k, v in w.items()}
         qkv = g.low_bit_linear(normed, part["attn.qkv_proj"], bits)
         rows = g.add("Gather", g.concat(qkv, nothing, axis=0), spread, axis=0)  # (B, S, ...)
-        past = g.input(f"k_{i}", FLOAT, slot), g.input(f"v_{i}", FLOAT, slot)
-        new = [g.declare(f"{kind}_out_{i}", slot) for kind in "kv"]
-        inputs = [rows, "", "", *past, n_total, longest, *rope, *[""] * 7, n_new]
+        past = [g.input(f"{x}_{i}", kind, slot) for x in "kv"]
+        new = [g.declare(f"{x}_out_{i}", kind, slot) for x in "kv"]
+        steps = ["", ""] if scales is None else [g.const(scales[f"{x}_{i}"]) for x in "kv"]
+        inputs = [rows, "", "", *past, n_total, longest, *rope, "", "", "", *steps, "", "", n_new]
         mixed = f"mixed_{i}"
         g.add("GroupQueryAttention", *inputs, outputs=[mixed, *new], **head)
         flat = g.reshape(mixed, -1, cfg.n_heads * cfg.head_width)

@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from sparqle_stream.onnx_cpu.memory import Kind
     from sparqle_stream.stages import Tokenizer
 
 GRAPHS = ("features", "ear", "qformer", "llm")
+KINDS: dict[str, Kind] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 FILES = (
     *(f"{name}.{kind}" for name in (*GRAPHS, "vocabulary") for kind in ("onnx", "data")),
     *("tokens.npy", "stop.npy", "pieces.json"),
@@ -61,6 +67,11 @@ class OnnxModel:
         if name not in self.sessions:
             self.sessions[name] = open_session(self.folder / f"{name}.onnx", self.threads)
         return self.sessions[name]
+
+    def kind(self, graph: str, name: str) -> Kind:
+        """Of which numbers an input of a graph is."""
+        kinds = {value.name: value.type for value in self.session(graph).get_inputs()}
+        return KINDS[kinds[name]]
 
 
 def load(folder: Path, threads: int = 0, tokenizer: Tokenizer | None = None) -> OnnxModel:

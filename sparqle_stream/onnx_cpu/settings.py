@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-FORMAT = 4  # changes with what the graphs take and give
+FORMAT = 5  # changes with the graphs
 INDEX = "stages.json"
 BITS = {"int4": 4, "int8": 8, "float32": 32}  # of the LLM's matrices, by --dtype
 DEFAULT_DTYPE = "int4"

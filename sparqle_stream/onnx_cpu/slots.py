@@ -30,8 +30,8 @@ class Slots:
         cfg = model.cfg.llm
         self.model, self.n_slot, self.width = model, cfg.n_slot, cfg.width
         shape = (n_rows, cfg.n_kv_heads, places(cfg.n_slot), cfg.head_width)
-        layers = range(cfg.n_layers)
-        self.kv = {f"{kind}_{i}": sparse_zeros(shape) for i in layers for kind in "kv"}
+        kind, layers = model.kind("llm", "k_0"), range(cfg.n_layers)
+        self.kv = {f"{part}_{i}": sparse_zeros(shape, kind) for i in layers for part in "kv"}
         self.length = np.zeros(n_rows, np.int32)
         self.hidden = np.zeros((n_rows, cfg.width), np.float32)  # final-normed, of the last row
         self._waiting: list[list[Floats]] = [[] for _ in range(n_rows)]
@@ -39,9 +39,9 @@ class Slots:
         self._binding = self._session.io_binding()
         for name, array in self.kv.items():
             value = ort.OrtValue.ortvalue_from_numpy(array)
-            kind, layer = name.split("_")
+            part, layer = name.split("_")
             self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(f"{kind}_out_{layer}", value)
+            self._binding.bind_ortvalue_output(f"{part}_out_{layer}", value)
 
     def forget(self, row: int) -> None:
         """The slot is empty. K/V bytes stay: length 0 makes them invisible."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from sparqle_stream.onnx_cpu.memory import Kind
     from sparqle_stream.onnx_cpu.model import OnnxModel
     from sparqle_stream.stages import Floats, Hear
 
@@ -43,10 +44,11 @@ class Rings:
     """Rings of one length: arrays (rows, H, L, d) by name, and what lies at each place."""
 
     def __init__(
-        self, names: Sequence[str], n_rows: int, n_heads: int, length: int, d: int
+        self, names: Sequence[str], n_rows: int, shape: tuple[int, int, int], kind: Kind
     ) -> None:
-        self.length = length
-        self.arrays = {name: sparse_zeros((n_rows, n_heads, length, d)) for name in names}
+        """shape: (H, L, d) of one row of an array."""
+        self.length = length = shape[1]
+        self.arrays = {name: sparse_zeros((n_rows, *shape), kind) for name in names}
         self.position = np.full((n_rows, length), -1, np.int64)
 
     def of(self, rows: Ints) -> dict[str, Floats]:
@@ -88,12 +90,14 @@ class OnnxStages:
         self.position = np.zeros(n_rows, np.int64)  # frames since the segment began
         layers = [f"{kind}_{i}" for i in range(cfg.encoder.n_layers) for kind in "kv"]
         enc, qf = cfg.encoder, cfg.qformer
-        self.ear = Rings(layers, n_rows, enc.n_heads, enc.left_frames, enc.head_width)
+        shape = (enc.n_heads, enc.left_frames, enc.head_width)
+        self.ear = Rings(layers, n_rows, shape, model.kind("ear", "k_0"))
         n_layers, d = (qf.n_layers if qf.kind == "window" else 0), qf.width // qf.n_heads
         asked = [f"self_{kind}_{i}" for i in range(n_layers) for kind in "kv"]
         seen = [f"cross_{kind}_{i}" for i in range(n_layers) for kind in "kv"]
-        self.queries = Rings(asked, n_rows, qf.n_heads, qf.query_ring, d)
-        self.frames = Rings(seen, n_rows, qf.n_heads, qf.frame_ring, d)
+        kind = model.kind("qformer", asked[0]) if asked else np.float32
+        self.queries = Rings(asked, n_rows, (qf.n_heads, qf.query_ring, d), kind)
+        self.frames = Rings(seen, n_rows, (qf.n_heads, qf.frame_ring, d), kind)
         self.posterior = np.zeros((n_rows, 1, qf.n_pieces), np.float32)
         self.recent = np.zeros((n_rows, N_RECENT, cfg.llm.width), np.float32)
         self.slots = Slots(model, n_rows)

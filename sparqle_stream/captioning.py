@@ -138,7 +138,10 @@ def _as_exception(error: messages.Error) -> Exception:
     if error.code == "internal":
         return EngineFailedError(error.message)
     for kind in SparqleError.__subclasses__():
-        if kind.code == error.code:
+        is_public = (
+            kind.__module__ == SparqleError.__module__
+        )  # a server's own take other arguments
+        if is_public and kind.code == error.code:
             return kind(error.message, hint=error.hint)
     return SparqleError(error.message, hint=error.hint)
 

@@ -15,10 +15,17 @@ import pytest
 from sparqle_stream import live, messages, transcribe
 from sparqle_stream.audio import AudioFormat
 from sparqle_stream.captioning import Captioning, EngineFailedError, Listener, StopSignals
-from sparqle_stream.errors import AudioFormatError, BacklogError, ConfigError, DeviceError
+from sparqle_stream.errors import (
+    AudioFormatError,
+    BacklogError,
+    ConfigError,
+    DeviceError,
+    SparqleError,
+)
 from sparqle_stream.latency import Latency
 from sparqle_stream.messages import Word
 from sparqle_stream.outputs import Outputs
+from sparqle_stream.server import openai_session
 from sparqle_stream.sources import FileSource, PacedSource, PipeSource
 from sparqle_stream.terminal import QuietView
 
@@ -118,6 +125,13 @@ def test_an_error_event_becomes_its_exception(code, kind):
     with pytest.raises(kind, match="it broke"):
         caption(FileSource("x", iter([SECOND] * 5)), {"ends_with": end})
     assert caption.last.stream.calls == ["feed"]  # nothing is sent to a stream that has ended
+
+
+def test_a_servers_own_kinds_of_error_are_none_of_the_users():
+    assert issubclass(openai_session.FieldError, SparqleError)
+    end = messages.Error(openai_session.FieldError.code, "it broke", "do this", time=1.0)
+    with pytest.raises(SparqleError, match="it broke"):
+        caption(FileSource("x", iter([SECOND] * 5)), {"ends_with": end})
 
 
 def test_a_second_ctrl_c_frees_the_slot():

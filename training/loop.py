@@ -188,8 +188,15 @@ class Run(ABC):
     def run(
         self, work: Path, *, resume: bool, save_every_s: float = 180.0, tensorboard: bool = False
     ) -> None:
-        """All steps that are left; Ctrl-C and SIGTERM end it after a step, saved."""
-        if resume and (work / "last.pt").exists():
+        """All steps that are left; Ctrl-C and SIGTERM end it after a step, saved.
+
+        Raises ConfigError where `work` holds a run that it is not told to go on with.
+        """
+        if (work / "last.pt").exists():
+            if not resume:
+                raise ConfigError(
+                    f"{work} holds a run already", hint="--resume goes on with it, or name another"
+                )
             self.resume(work)
         self.seed()
         is_main = self.place.index == 0

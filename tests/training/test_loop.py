@@ -85,6 +85,13 @@ def test_shares_make_one_batch(tmp_path):
     assert [row["step"] for row in curve(tmp_path)] == list(range(2, STEPS + 1))
 
 
+def test_a_run_is_not_written_over(tmp_path):
+    Fit(1).run(tmp_path, resume=False)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        Fit(1).run(tmp_path, resume=False)
+    Fit(1).run(tmp_path, resume=True)
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     """`accelerate launch` with 2 processes: the loss curve and the weights of one process."""

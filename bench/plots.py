@@ -51,7 +51,6 @@ def draw(result: Json, path: Path | None) -> None:
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     _DRAW[result["bench"]](figure, result)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
 
 

@@ -58,6 +58,8 @@ def main() -> None:
     uri = sys.argv[2] if len(sys.argv) == 3 else "tcp://127.0.0.1:10300"
     try:
         print(asyncio.run(caption(sys.argv[1], uri)))
+    except ConnectionRefusedError:
+        raise SystemExit(f"error: {uri} refused: is `serve --wyoming-port` running?") from None
     except (OSError, EOFError, wave.Error) as err:  # no file, no wav, no server
         raise SystemExit(f"error: {err}") from None
 

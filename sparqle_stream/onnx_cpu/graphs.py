@@ -308,9 +308,7 @@ def llm(cfg: LlmConfig, w: Weights, bits: int, scales: Weights | None = None) ->
     n_total, n_new = g.input("n_total", INT32, ["B"]), g.input("n_new", INT32, ["B"])
     n_places = places(cfg.n_slot)
     longest = g.const(np.array(n_places, np.int32))
-    half = np.arange(0, cfg.head_width, 2) / cfg.head_width
-    angle = np.outer(np.arange(n_places), cfg.rope_theta**-half)
-    rope = g.const(np.cos(angle)), g.const(np.sin(angle))
+    rope = _rope(g, cfg, n_places)
     head: dict[str, int | str] = {"num_heads": cfg.n_heads, "kv_num_heads": cfg.n_kv_heads}
     head["do_rotary"] = 1
     if scales is not None:
@@ -343,6 +341,13 @@ def llm(cfg: LlmConfig, w: Weights, bits: int, scales: Weights | None = None) ->
         normed, x = _add_rms_norm(g, cfg, out, x, after)
     g.output("hidden", g.add("Gather", normed, last, axis=0), ["R", cfg.width])
     return g
+
+
+def _rope(g: Graph, cfg: LlmConfig, n_places: int) -> tuple[str, str]:
+    """Cosines and sines (N, d / 2) of rotary positions (Su et al., 2021)."""
+    half = np.arange(0, cfg.head_width, 2) / cfg.head_width
+    angle = np.outer(np.arange(n_places), cfg.rope_theta**-half)
+    return g.const(np.cos(angle)), g.const(np.sin(angle))
 
 
 def vocabulary(weight: Floats, bits: int) -> Graph:

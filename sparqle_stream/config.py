@@ -22,7 +22,7 @@ DELAY_MS_RANGE = (0, 960)
 FRAME_LAG_SAMPLES = 640
 LOOK_BACK_SAMPLES = 360  # before a mel frame's own hop
 FLOOR_DB8 = 8.0  # Whisper clamps its log-mel at maximum - 8, in log10 units
-FIRST_PEAK = 1.0  # log10 level that the gain assumes before it has heard anything
+FIRST_PEAK = 0.0  # log10 level that the gain assumes before it has heard anything
 MEL_TAIL = 3  # mel frames that the encoder's stem looks back
 SILENT_MEL = (1.5 - FLOOR_DB8 + 4.0) / 4.0  # features of digital silence
 

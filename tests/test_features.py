@@ -144,7 +144,7 @@ def test_quiet_speech_is_lifted_and_loud_speech_is_not():
     assert lifted[0] == pytest.approx(assumed, abs=0.01)
     assert lifted[-1] > 1.0
     assert (peaks(quiet)[-200:] + lifted[-200:]).max() == pytest.approx(CFG.gain_target, abs=0.3)
-    assert gains(voice(12.0, level=0.9)).max() < 0.01
+    assert gains(voice(12.0, level=0.9))[2:].max() < 0.01  # known after 20 ms
 
 
 def test_the_gain_is_bounded():

@@ -58,7 +58,8 @@ def test_graphs_equal_torch_over_a_stream(graphs, torch_model, sizes, ahead):
         np.testing.assert_allclose(heard_too[row], heard[row], atol=TOLERANCE)
         hidden = torch_stages.state.llm.hidden[row].numpy()
         if not onnx_stages.slots.n_waiting(row):
-            np.testing.assert_allclose(onnx_stages.slots.hidden[row], hidden, atol=TOLERANCE)
+            atol = TOLERANCE * np.abs(hidden).max()  # after all layers of the LLM, on its own past
+            np.testing.assert_allclose(onnx_stages.slots.hidden[row], hidden, atol=atol)
         recent = torch_stages.state.recent[row].numpy()
         np.testing.assert_allclose(onnx_stages.recent[row], recent, atol=TOLERANCE)
     assert got == expected

@@ -97,10 +97,16 @@ class SegmentQueue:
 
     @property
     def has_chunk(self) -> bool:
+        return self.n_missing == 0
+
+    @property
+    def n_missing(self) -> int:
+        """Samples that the next chunk lacks, if its segment goes on."""
         if not self._segments:
-            return False
+            return self.chunk_samples
         first = self._segments[0]
-        return (first.n_total or first.n_heard) - first.n_taken >= self.chunk_samples
+        there = (first.n_total or first.n_heard) - first.n_taken
+        return max(0, self.chunk_samples - there)
 
     @property
     def first_origin(self) -> int | None:

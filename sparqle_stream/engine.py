@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Phase", "Stream"]
 
 log = logging.getLogger(__name__)
-GATHER_S = 0.08  # that packets wait for others, at most, where no chunk waits for them
 
 
 class Slots(Protocol):
@@ -239,17 +238,10 @@ class Engine:
             self._fail(stream, BusyError("the engine was closed", hint="open a new stream"))
 
     def _wait_for_work(self) -> list[tuple[Stream, Inbox]] | None:
-        """All streams with what is in their inboxes; None when the engine closes.
-
-        What does not press is heard `GATHER_S` after it came, with what came meanwhile.
-        """
+        """All streams with what is in their inboxes; None when the engine closes."""
         with self._change:
             self._change.wait_for(
                 lambda: self._is_closing or any(s.has_work for s in self._streams.values())
-            )
-            self._change.wait_for(
-                lambda: self._is_closing or any(s.is_pressing for s in self._streams.values()),
-                timeout=GATHER_S,
             )
             if self._is_closing:
                 return None

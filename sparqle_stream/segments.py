@@ -97,16 +97,10 @@ class SegmentQueue:
 
     @property
     def has_chunk(self) -> bool:
-        return self.n_missing == 0
-
-    @property
-    def n_missing(self) -> int:
-        """Samples that the next chunk lacks, if its segment goes on."""
         if not self._segments:
-            return self.chunk_samples
+            return False
         first = self._segments[0]
-        there = (first.n_total or first.n_heard) - first.n_taken
-        return max(0, self.chunk_samples - there)
+        return (first.n_total or first.n_heard) - first.n_taken >= self.chunk_samples
 
     @property
     def first_origin(self) -> int | None:

@@ -142,11 +142,6 @@ class Session:
         return self.options.chunk_ms, self.ahead_frames
 
     @property
-    def n_missing(self) -> int:
-        """Samples that the detector must hand out before the next chunk is whole, at least."""
-        return self._queue.n_missing
-
-    @property
     def n_waiting(self) -> int:
         """Samples that were received and are not captioned; for the engine's backlog."""
         return self._queue.n_waiting

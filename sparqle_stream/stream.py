@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 TURN_SAMPLES = SAMPLE_RATE_HZ  # of one stream that the worker hears at a time
-# Detectors hear frames of 32 ms. One frame after a pause costs three times one after another (cold
-# caches), so that packets of live audio are gathered where nobody waits for them.
-GATHERED_SAMPLES = 96 * SAMPLE_RATE_HZ // 1000
-FRAME_SAMPLES = 32 * SAMPLE_RATE_HZ // 1000
 
 
 class Phase(Enum):
@@ -137,16 +133,6 @@ class Stream:
     def has_work(self) -> bool:
         session = self.session
         return session is None or bool(self._inbox or self.failure) or session.has_chunk
-
-    @property
-    def is_pressing(self) -> bool:
-        """Whether that work should not wait for more audio: it may end in a chunk now."""
-        session = self.session
-        if session is None or self.failure or session.has_chunk:
-            return True
-        enough = min(GATHERED_SAMPLES, session.n_missing - FRAME_SAMPLES)
-        is_marked = any(isinstance(item, Mark) for item in self._inbox)
-        return is_marked or self.n_inbox >= max(1, enough)
 
     @property
     def is_idle(self) -> bool:

@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pytest
 
-from sparqle_stream import engine as engine_module
 from sparqle_stream import messages, testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.engine import Engine
@@ -20,7 +19,6 @@ from sparqle_stream.errors import (
     ProtocolError,
 )
 from sparqle_stream.session import Session
-from sparqle_stream.stream import GATHERED_SAMPLES
 from sparqle_stream.testing import OracleBatch, say, text_of, vocabulary, words_of
 
 OFF = VadConfig(kind="off")
@@ -121,28 +119,6 @@ def test_flush_brings_the_last_word_and_the_stream_goes_on(oracle):
 def test_an_empty_stream_is_done_at_once(oracle):
     events = oracle().transcribe(np.zeros(0, np.float32), OPTIONS)
     assert kinds(events) == ["Ready", "Done"]
-
-
-def test_packets_are_gathered_where_no_chunk_waits_for_them(oracle, monkeypatch):
-    """Three frames are heard in one go, a chunk at once, and what is left after a moment."""
-    monkeypatch.setattr(engine_module, "GATHER_S", LONG_S)
-    engine = oracle(n_slots=1)
-    stream = engine.open(StreamOptions(chunk_ms=320, vad=OFF))
-    wait_until(lambda: stream.session is not None)
-    packet, chunk = np.zeros(320, np.float32), 320 * 16
-    for n in range(1, 5):
-        stream.feed(packet)
-        time.sleep(0.02)
-        assert stream.n_inbox == n * len(packet)
-    stream.feed(packet)
-    wait_until(lambda: stream.n_inbox == 0)
-    stream.feed(np.zeros(chunk - 5 * len(packet), np.float32))
-    wait_until(lambda: stream.backlog_s == 0)  # a chunk was run
-    monkeypatch.setattr(engine_module, "GATHER_S", 0.01)
-    stream.feed(np.zeros(GATHERED_SAMPLES, np.float32))
-    wait_until(lambda: stream.n_inbox == 0)
-    stream.feed(packet)  # nothing follows
-    wait_until(lambda: stream.n_inbox == 0)
 
 
 def test_silence_costs_no_step(tiny_engine):

@@ -138,9 +138,8 @@ def _as_exception(error: messages.Error) -> Exception:
     if error.code == "internal":
         return EngineFailedError(error.message)
     for kind in SparqleError.__subclasses__():
-        is_public = (
-            kind.__module__ == SparqleError.__module__
-        )  # a server's own take other arguments
+        # Those that a server has for itself take other arguments.
+        is_public = kind.__module__ == SparqleError.__module__
         if is_public and kind.code == error.code:
             return kind(error.message, hint=error.hint)
     return SparqleError(error.message, hint=error.hint)

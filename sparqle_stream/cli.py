@@ -9,7 +9,6 @@ Nothing heavy is imported before a command needs it: `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import logging
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from sparqle_stream import __version__, arguments, tasks
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
-from sparqle_stream.errors import ConfigError, DeviceError, ModelError, SparqleError
+from sparqle_stream.errors import FULL_DISK, ConfigError, DeviceError, ModelError, SparqleError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -42,7 +41,6 @@ EXIT_FAILED_FILE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what its user may have of it
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
@@ -65,7 +63,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE  # the reader (head, less) has left
     except OSError as err:
-        if err.errno not in FULL:
+        if err.errno not in FULL_DISK:
             raise
         report(SparqleError(f"cannot write {err.filename or 'the output'}: {err.strerror}"))
         return EXIT_USER_ERROR

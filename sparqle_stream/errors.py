@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # or what its user may have of it
+
 
 class SparqleError(Exception):
     """Base of all errors that a user can cause.

@@ -199,9 +199,8 @@ def _split_row(text: str, width: int) -> tuple[str, str]:
     while (at := text.rfind(" ", 0, at)) > 0:
         if cell_len(text[:at]) <= width:
             return text[:at], text[at + 1 :]
-    first = chop_cells(text, max(width, WIDEST))[
-        0
-    ]  # one word wider than the terminal, or no spaces at all
+    # One word wider than the terminal, or no spaces at all.
+    first = chop_cells(text, max(width, WIDEST))[0]
     return first, text[len(first) :]
 
 

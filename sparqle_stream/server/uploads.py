@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import tempfile
@@ -23,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from sparqle_stream import audio, messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.errors import BusyError, ConfigError, SparqleError
+from sparqle_stream.errors import FULL_DISK, BusyError, ConfigError, SparqleError
 from sparqle_stream.server import openai_files, request
 from sparqle_stream.server.settings import (
     FrameSizeError,
@@ -172,7 +171,7 @@ def _room() -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if err.errno not in FULL_DISK:
             raise
         log.warning("no room for an upload in %s: %s", tempfile.gettempdir(), err.strerror)
         raise BusyError("the server has no room for the file", "send it again later") from err

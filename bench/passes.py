@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparqle_stream.models import Model
     from sparqle_stream.stages import Floats, Stages
 
-VARIANTS = (("onnx", "int4"), ("onnx", "int8"), ("onnx", "float32"), ("torch", "float32"))
+VARIANTS = (("onnx", "int8"), ("onnx", "float32"), ("torch", "float32"))
 SHAPES = ((1, 1), (1, 4), (8, 1), (8, 4))  # streams, rows of each
 WARM_UPS = 3
 REPEATS = 3  # of a pass in its turn

@@ -107,7 +107,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--delay-ms", type=int, default=default.delay_ms, metavar="MS", help="(%(default)s)")
     add("--vad", choices=("silero", "webrtc", "off"), default=default.vad, help="(%(default)s)")
     add("--vad-stop", type=int, default=default.vad_stop_ms, metavar="MS", help="(%(default)s)")
-    add("--dtype", default=default.dtype, help="auto, int4, int8, float32, bfloat16 (%(default)s)")
+    add("--dtype", default=default.dtype, help="auto, int8, float32, bfloat16 (%(default)s)")
     add("--backend", default=default.backend, help="auto, onnx, torch (%(default)s)")
     add("--compute", choices=("cpu", "cuda"), default=default.compute, help="(%(default)s)")
     add("--threads", type=int, default=default.threads, help="0: all cores (%(default)s)")

@@ -31,7 +31,7 @@ FORMATS = ("txt", "json", "jsonl", "srt", "vtt", "tsv")
 MIC_FORMATS = ("txt", "jsonl", "srt", "vtt")
 INPUT_FORMATS = ("s16le", "f32le", "mulaw", "alaw")
 MODEL_ACTIONS = ("list", "pull", "path", "verify")
-DTYPES = ("auto", "int4", "int8", "float32", "bfloat16")
+DTYPES = ("auto", "int8", "float32", "bfloat16")
 BACKENDS = ("auto", "onnx", "torch")
 
 # Options that may also be set by a variable: SPARQLE_ and the option in capitals.
@@ -261,8 +261,8 @@ def _model(parser: Parser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="precision of the language model; int4 and int8 are for CPUs, with all else in 8 bits;"
-        " auto takes what is fastest on the device (default %(default)s)",
+        help="precision; int8 is for CPUs; auto takes what is fastest on the device"
+        " (default %(default)s)",
     )
     add(
         "--compute",

@@ -120,6 +120,13 @@ class _Guarded:
             self._fail(err)
             return []
 
+    def expect(self) -> list[list[int]]:
+        try:
+            return self._writer.expect()
+        except Exception as err:  # noqa: BLE001
+            self._fail(err)
+            return []
+
     def is_over(self) -> bool:
         try:
             return self._row in self._failed or self._writer.is_over()

@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    Expect = Callable[[int], list[list[int]]]  # row -> what `Writer.expect` says
 
 
 class Writer(Protocol):
@@ -33,6 +35,12 @@ class Writer(Protocol):
         """
         ...
 
+    def expect(self) -> list[list[int]]:
+        """What it would pick now, and after that, if nothing unlikely happens: a guess that saves
+        passes where it is right, and changes nothing where it is not.
+        """
+        ...
+
     def is_over(self) -> bool:
         """Whether nothing more can follow in this chunk, whatever the LLM thinks.
 
@@ -52,8 +60,11 @@ class Decoder(Protocol):
         """Each row's ids and their logits; for a row that wants none, its best id and logit."""
         ...
 
-    def read(self, tokens: Mapping[int, list[int]]) -> None:
-        """Appends tokens to their rows' slots, after all that was left there."""
+    def read(self, tokens: Mapping[int, list[int]], expect: Expect) -> None:
+        """Appends tokens to their rows' slots, after all that was left there.
+
+        What a row expects may be read ahead in the same pass, and counts once it is picked.
+        """
         ...
 
     def leave(self, tokens: Mapping[int, list[int]]) -> None:
@@ -69,7 +80,11 @@ def write(decoder: Decoder, writers: Mapping[int, Writer]) -> dict[int, list[int
     """
     tokens: dict[int, list[int]] = {row: [] for row in writers}
     going = [row for row in writers if not writers[row].is_over()]
-    decoder.read({row: [] for row in going})
+
+    def expect(row: int) -> list[list[int]]:
+        return writers[row].expect()
+
+    decoder.read({row: [] for row in going}, expect)
     while going:
         stops = decoder.stops(going)
         going = [r for r, stop in zip(going, stops, strict=True) if writers[r].goes_on(stop)]
@@ -81,5 +96,5 @@ def write(decoder: Decoder, writers: Mapping[int, Writer]) -> dict[int, list[int
         over = {row: pick for row, pick in picks.items() if writers[row].is_over()}
         decoder.leave(over)
         going = [row for row in picks if row not in over]
-        decoder.read({row: picks[row] for row in going})
+        decoder.read({row: picks[row] for row in going}, expect)
     return tokens

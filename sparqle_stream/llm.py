@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sparqle_stream.config import LlmConfig
-    from sparqle_stream.decode import Writer
+    from sparqle_stream.decode import Expect, Writer
 
 
 @lru_cache(maxsize=8)
@@ -358,8 +358,8 @@ class Slots:
             for (row, ids), of, top in zip(asked.items(), scores, best, strict=True)
         }
 
-    def read(self, tokens: Mapping[int, list[int]]) -> None:
-        """Rows with equally many go together."""
+    def read(self, tokens: Mapping[int, list[int]], expect: Expect | None = None) -> None:
+        """Rows with equally many go together; nothing is read ahead."""
         for n in sorted({len(ids) for ids in tokens.values()} - {0}):
             same = sorted(row for row, ids in tokens.items() if len(ids) == n)
             self.passes.read(same, [tokens[row] for row in same])

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 from sparqle_stream import artifacts
 from sparqle_stream.artifacts import list_models, path, pull, verify
 from sparqle_stream.errors import ConfigError, ModelError
-from sparqle_stream.onnx_cpu.settings import BITS, DEFAULT_DTYPE, FORMAT, INDEX
+from sparqle_stream.onnx_cpu.settings import DEFAULT_DTYPE, FORMAT, INDEX
+from sparqle_stream.onnx_cpu.settings import DTYPES as ONNX_DTYPES
 
 if TYPE_CHECKING:
     from sparqle_stream.config import ModelConfig
@@ -29,7 +30,7 @@ __all__ = ["Model", "list_models", "load", "path", "pull", "verify"]
 RANDOM_TINY = "random:tiny"
 BACKENDS = ("auto", "onnx", "torch")
 TORCH_DTYPES = ("float32", "bfloat16")
-DTYPES = ("auto", "int4", "int8", "float32", "bfloat16")
+DTYPES = ("auto", "int8", "float32", "bfloat16")
 
 
 class Model(Protocol):
@@ -60,9 +61,8 @@ def load(
 ) -> Model:
     """A model by name or folder with its LLM (by name, file or folder), ready on `device`.
 
-    dtype: of the LLM's matrices, where most of the bytes are: 'int4', 'int8' or 'float32' on the
-    ONNX backend (the first two with all else in 8 bits), 'float32' or 'bfloat16' (then of
-    everything) on torch. threads: of the ONNX backend, 0 for as many as there are cores. Raises
+    dtype: 'int8' (of all large matrices) or 'float32' on the ONNX backend, 'float32' or 'bfloat16'
+    on torch. threads: of the ONNX backend, 0 for as many as there are cores. Raises
     ConfigError for what does not go together, ModelError for files that are missing or wrong.
     """
     is_random = str(name_or_path) == RANDOM_TINY
@@ -89,7 +89,7 @@ def choose(backend: str, dtype: str, device: str, *, is_random: bool = False) ->
         raise ConfigError(f"the ONNX backend does not run on {device}", hint="use --backend torch")
     if backend == "onnx" and is_random:
         raise ConfigError("random models have no graphs", hint="use --backend torch")
-    known = BITS if backend == "onnx" else TORCH_DTYPES
+    known = ONNX_DTYPES if backend == "onnx" else TORCH_DTYPES
     if dtype == "auto":
         dtype = DEFAULT_DTYPE if backend == "onnx" else "float32" if is_cpu else "bfloat16"
     if dtype not in known:
@@ -116,7 +116,7 @@ def _load_torch(
 def write_graphs(
     name_or_path: str | Path, llm: str | Path | None, out: Path, dtype: str = DEFAULT_DTYPE
 ) -> None:
-    """The graphs of a model with its LLM, in one of BITS, into the folder `out`."""
+    """The graphs of a model with its LLM, in one of its dtypes, into the folder `out`."""
     from sparqle_stream import torch_model
     from sparqle_stream.onnx_cpu.export import export
 
@@ -125,7 +125,7 @@ def write_graphs(
     for part in (model.encoder, model.ctc, model.qformer, model.llm):
         part.float().eval()
     words = folder / artifacts.WORDS_FILE
-    export(model, out, BITS[dtype], words if words.is_file() else None)
+    export(model, out, dtype, words if words.is_file() else None)
 
 
 def _graphs(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> Path:

@@ -352,6 +352,35 @@ class WordBeam:
         everything = float(np.logaddexp.reduce([nothing, *sums.values()]))
         return sorted(found, key=lambda c: -c.score), everything, nothing
 
+    def course(self) -> tuple[list[Candidate], float]:
+        """Words of the best reading, each with the mass of readings that agree up to it; all mass.
+
+        It tells beforehand what `candidates` will say when its words are committed one by one.
+        """
+        mass, scores = self._now.mass().tolist(), self._now.scores().tolist()
+        sums, best = dict[tuple[str, ...], float](), (NEVER, tuple[Word, ...](), 0)
+        everything = NEVER
+        for i, (hist, node, began, moved, _, ends, *_) in enumerate(self._now.ints.T.tolist()):
+            words, score = self._histories[hist].words, scores[i]
+            n_closed = len(words)
+            if node and ends:
+                score = mass[i] + self._histories[self._ended(i)].score
+                words = (*words, Word(self._text(node), began, moved + 1))
+            elif node and not words:
+                continue
+            everything = _sum(everything, score)
+            texts = tuple(word.text for word in words)
+            for n in range(1, len(texts) + 1):
+                sums[texts[:n]] = _sum(sums.get(texts[:n], NEVER), score)
+            if score > best[0]:
+                best = score, words, n_closed
+        _, words, n_closed = best
+        texts = tuple(word.text for word in words)
+        found = [
+            Candidate(word, sums[texts[: n + 1]], n < n_closed) for n, word in enumerate(words)
+        ]
+        return found, everything
+
     def readings(self) -> list[tuple[tuple[str, ...], float]]:
         """Words since the last committed one and their log mass, best first; open ones end here."""
         mass = self._now.mass().tolist()

@@ -14,6 +14,7 @@ itself, nothing else; what it wrote is committed. What writers answer to is `dec
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sparqle_stream.word_beam import Candidate, WordBeam
 
 MARKS = (".", ",", "?", "!")
+ENDS = (".", "?", "!")  # of a sentence
 MOST_CANDIDATES = 8
 
 
@@ -53,6 +55,9 @@ class Greedy:
         self.n_written += 1
         return [ids[0]]
 
+    def expect(self) -> list[list[int]]:
+        return []
+
     def is_over(self) -> bool:
         return self.n_written >= self.n_most
 
@@ -65,6 +70,7 @@ class Hearing:
     tokenizer: Decodes
     beam: WordBeam
     may_mark: bool = False  # the text ends in a word that punctuation may follow
+    is_beginning: bool = True  # of a sentence: what comes next has a capital, as a rule
 
     def due(self, n_delay: int, *, is_last: bool) -> list[Candidate]:
         """What the next word may be, best first; nothing while none is over and old enough.
@@ -75,13 +81,23 @@ class Hearing:
         found, everything, nothing = self.beam.candidates()
         if not found or nothing > found[0].score:
             return []
-        best, cfg = found[0], self.cfg
-        age = self.beam.n_frames - best.word.end
-        is_over = best.is_closed or age >= cfg.quiet_frames
-        is_sure = math.exp(best.score - everything) >= cfg.sure or age >= cfg.patience_frames
-        if not is_last and (age < n_delay or not (is_over and is_sure)):
-            return []
-        return found[:MOST_CANDIDATES]
+        is_due = is_last or self._is_due(found[0], everything, n_delay)
+        return found[:MOST_CANDIDATES] if is_due else []
+
+    def _is_due(self, said: Candidate, everything: float, n_delay: int) -> bool:
+        age, cfg = self.beam.n_frames - said.word.end, self.cfg
+        is_over = said.is_closed or age >= cfg.quiet_frames
+        is_sure = math.exp(said.score - everything) >= cfg.sure or age >= cfg.patience_frames
+        return age >= n_delay and is_over and is_sure
+
+    def expected(self, n_delay: int, *, is_last: bool) -> list[str]:
+        """Words that are due, by the likeliest reading."""
+        course, everything = self.beam.course()
+
+        def is_due(said: Candidate) -> bool:
+            return is_last or self._is_due(said, everything, n_delay)
+
+        return [said.word.text for said in itertools.takewhile(is_due, course)]
 
     def forms(self, word: str) -> list[list[int]]:
         """Tokens of a word as it is and with a capital."""
@@ -134,6 +150,13 @@ class Joint:
         self._marks = hearing.marks()
         self._is_known = True
 
+    def expect(self) -> list[list[int]]:
+        """The words that are due without punctuation, and without capitals but the first's."""
+        hearing = self.hearing
+        words = hearing.expected(self.n_delay, is_last=self.is_last)
+        forms = [hearing.forms(word) for word in words]
+        return [form[-1 if hearing.is_beginning and not i else 0] for i, form in enumerate(forms)]
+
     def suggest(self) -> list[int]:
         """First tokens of all that could be written next."""
         return [form[0] for _, form in self._due] + self._marks
@@ -156,11 +179,14 @@ class Joint:
         if self.n_written and self.n_written + len(form) > self.n_most:
             return []  # the next chunk may write it
         hearing.beam.commit(said.word.text)
-        hearing.may_mark = True
+        hearing.may_mark, hearing.is_beginning = True, False
         self.n_written += len(form)
         return form
 
     def _write_mark(self, mark: int | None) -> list[int]:
         self.hearing.may_mark = False
         self.n_written += mark is not None
-        return [] if mark is None else [mark]
+        if mark is None:
+            return []
+        self.hearing.is_beginning = self.hearing.tokenizer.decode([mark]) in ENDS
+        return [mark]

@@ -115,7 +115,7 @@ def test_dtypes_of_torch(written, dtype):
 @pytest.mark.parametrize(
     ("asked", "device", "comes_to"),
     [
-        (("auto", "auto"), "cpu", ("onnx", "int4")),
+        (("auto", "auto"), "cpu", ("onnx", "int8")),
         (("auto", "float32"), "cpu", ("onnx", "float32")),
         (("auto", "bfloat16"), "cpu", ("torch", "bfloat16")),
         (("torch", "auto"), "cpu", ("torch", "float32")),
@@ -131,9 +131,9 @@ def test_what_auto_means(asked, device, comes_to):
     [
         (("onnx", "auto"), "cuda", "--backend torch"),
         (("torch", "int8"), "cpu", "float32, bfloat16"),
-        (("onnx", "bfloat16"), "cpu", "int4, int8, float32"),
+        (("onnx", "bfloat16"), "cpu", "int8, float32"),
         (("jax", "auto"), "cpu", "onnx"),
-        (("auto", "float64"), "cpu", "int4"),
+        (("auto", "float64"), "cpu", "int8"),
     ],
 )
 def test_what_does_not_go_together_is_refused(asked, device, hint):

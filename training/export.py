@@ -23,7 +23,7 @@ from sparqle_stream import models
 from sparqle_stream.artifacts import sha256
 from sparqle_stream.config import CtcConfig, ModelConfig, QFormerConfig, WriterConfig
 from sparqle_stream.errors import ConfigError
-from sparqle_stream.onnx_cpu.settings import BITS, DEFAULT_DTYPE
+from sparqle_stream.onnx_cpu.settings import DEFAULT_DTYPE, DTYPES
 from sparqle_stream.tasks import TRANSCRIBE, name_of
 from sparqle_stream.weights import in_eight_bits, part, read_safetensors, whisper_config
 from training.errors import reported
@@ -111,7 +111,9 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
     parser.add_argument("--onnx", type=Path, metavar="FOLDER", help="write the graphs there too")
     parser.add_argument("--llm", help="language model of the graphs (default: the model's own)")
-    parser.add_argument("--dtype", choices=BITS, default=DEFAULT_DTYPE, help="its precision there")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DEFAULT_DTYPE, help="its precision there"
+    )
     parser.add_argument(
         "--tasks", nargs="+", default=[TRANSCRIBE], help='such as transcribe "translate to de"'
     )

@@ -1,6 +1,6 @@
 """Export: a torch model -> a folder of ONNX graphs that runs without torch.
 
-    stages.json       config, name and hash of the model, precision of the LLM
+    stages.json       config, name and hash of the model, precision
     features.onnx     log-mel            ear.onnx         encoder and CTC
     qformer.onnx      queries            llm.onnx         rows into slots
     vocabulary.onnx   all logits         *.data           their weights
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from sparqle_stream.torch_model import SparqleModel
 
 
-def export(model: SparqleModel, out: Path, bits: int, words: Path | None = None) -> None:
-    """Writes `model`, whose weights are float32 and unjoined, with the LLM in `bits` (4, 8, 32).
+def export(model: SparqleModel, out: Path, dtype: str, words: Path | None = None) -> None:
+    """Writes `model`, whose weights are float32 and unjoined, with matrices in one of DTYPES.
 
-    Unless `bits` is 32, encoder, CTC head and Q-Former are in 8 bits, and so are the LLM's slots.
+    With int8 the LLM's slots are int8 too, and rings float16.
     words: the model's lexicon file, if it has one. Raises ModelError for what cannot be exported.
     """
     if model.cfg.qformer.kind == "utterance":
@@ -50,7 +50,7 @@ def export(model: SparqleModel, out: Path, bits: int, words: Path | None = None)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as temporary:
         new = Path(temporary) / out.name
         new.mkdir()
-        _write(model, new, bits)
+        _write(model, new, dtype)
         if words is not None:
             shutil.copyfile(words, new / "words.safetensors")
         if out.exists():
@@ -58,19 +58,19 @@ def export(model: SparqleModel, out: Path, bits: int, words: Path | None = None)
         new.rename(out)
 
 
-def _write(model: SparqleModel, out: Path, bits: int) -> None:
+def _write(model: SparqleModel, out: Path, dtype: str) -> None:
     cfg = model.cfg
     encoder = _arrays(model.encoder) | {"positions": _array(model.encoder.positions)}
     filters = features.mel_filters(cfg.features.n_mels, cfg.features.n_fft).numpy()
     graphs.features(cfg.features, filters).save(out)
-    is_int8 = bits != 32
+    is_int8 = dtype == "int8"
     graphs.ear(cfg.encoder, encoder, _arrays(model.ctc), is_int8=is_int8).save(out)
     graphs.qformer(cfg.qformer, _arrays(model.qformer), is_int8=is_int8).save(out)
     scales = slot_scales(model) if is_int8 else None
-    graphs.llm(cfg.llm, _joined(model.llm), bits, scales).save(out)
+    graphs.llm(cfg.llm, _joined(model.llm), scales).save(out)
     tokens = _array(model.llm.tokens.weight)
     head = tokens if model.llm.head is None else _array(model.llm.head.weight)
-    graphs.vocabulary(head, bits).save(out)
+    graphs.vocabulary(head, is_int8=is_int8).save(out)
     np.save(out / "tokens.npy", tokens.astype(np.float16))
     if head is not tokens:
         np.save(out / "head.npy", head.astype(np.float16))
@@ -83,7 +83,7 @@ def _write(model: SparqleModel, out: Path, bits: int) -> None:
         "format": FORMAT,
         "name": model.name,
         "weights_hash": model.weights_hash,
-        "bits": bits,
+        "dtype": dtype,
         "bos_id": model.tokenizer.bos_id,
         "config": asdict(cfg),
     }

@@ -13,8 +13,6 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sparqle_stream.onnx_cpu.blocks import quantize_blocks, quantize_rows
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -30,7 +28,6 @@ CONTRIB_OPS = frozenset(
         "FusedMatMul",
         "GroupQueryAttention",
         "MatMulIntegerToFloat",
-        "MatMulNBits",
         "QuickGelu",
         "SkipLayerNormalization",
         "SkipSimplifiedLayerNormalization",
@@ -39,7 +36,16 @@ CONTRIB_OPS = frozenset(
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
 FLOAT16, INT8 = TensorProto.FLOAT16, TensorProto.INT8
 ZERO, LARGEST = 128, 127  # of rows of input in 8 bits without a sign
+# Of a row of weights: 7 bits. Without VNNI two products are added in 16 bits: 255 * 63 * 2 fits.
+LARGEST_WEIGHT = 63
 EXTERNAL_BYTES = 4096  # weights from this size on lie in the file beside the graph
+
+
+def quantize_rows(weight: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+    """weight (out, in) -> whole numbers (out, in) of at most 63, and a scale for each output."""
+    scale = np.maximum(np.abs(weight).max(axis=1) / LARGEST_WEIGHT, 1e-12).astype(np.float32)
+    q: npt.NDArray[np.int8] = np.rint(weight / scale[:, None]).astype(np.int8)
+    return q, scale
 
 
 class Graph:
@@ -148,25 +154,13 @@ class Graph:
         """
         q, scale = quantize_rows(weight)
         largest = self.add("ReduceMax", self.add("Abs", x), self.const([-1]), keepdims=1)
-        largest = self.add("Max", largest, self.const(1e-12))
-        steps = self.add("Mul", x, self.add("Div", self.const(float(LARGEST)), largest))
         zero = self.const(ZERO, np.uint8)
-        whole = self.add("QuantizeLinear", steps, self.const(1.0), zero)
+        # A row of zeros becomes whatever 0 / 0 is in whole numbers, and is multiplied by 0 below.
+        share = self.add("Div", x, largest)
+        whole = self.add("QuantizeLinear", share, self.const(1.0 / LARGEST), zero)
         scales = self.const(1.0), self.const(scale / LARGEST)
         y = self.add("MatMulIntegerToFloat", whole, self.const(q.T), *scales, zero)
         return str(self.add("Mul", y, largest))
-
-    def low_bit_linear(self, x: str, weight: Floats, bits: int) -> str:
-        """The same in blocks of 4 or 8 bits; 32 bits: float32.
-
-        x is rounded to 8 bits in the kernel, in blocks of a row: rows never share a scale.
-        """
-        if bits == 32:
-            return self.linear(x, weight)
-        packed = quantize_blocks(weight, bits)
-        names = [self.const(part) for part in packed.inputs]
-        sizes = {"K": weight.shape[1], "N": weight.shape[0], "block_size": packed.block}
-        return str(self.add("MatMulNBits", x, *names, bits=bits, accuracy_level=4, **sizes))
 
     def heads(self, x: str, n_heads: int) -> str:
         """x (B, T, H d) -> (B, H, T, d)."""

@@ -2,9 +2,9 @@
 
 In: configs and weights under the names of the torch modules, as numpy arrays. Out: a `Graph` each.
 History goes in as rings and slots and what is new comes out: the caller writes it into its rings
-(position modulo length); the LLM's slots alone are written in place. With matrices in few bits rows
-of input are rounded too, each by itself, rings are float16 and slots int8. All in float32 the
-graphs equal the torch stages to 1e-3 over a stream; tests/onnx_cpu says so.
+(position modulo length); the LLM's slots alone are written in place. With matrices in int8 rows of
+input are rounded too, each by itself, rings are float16 and slots int8. All in float32 the graphs
+equal the torch stages to 1e-3 over a stream; tests/onnx_cpu says so.
 """
 
 from __future__ import annotations
@@ -292,16 +292,16 @@ def _heard(g: Graph, w: Weights, log_probs: str, before: str) -> str:
 # --- the LLM --------------------------------------------------------------------------------------
 
 
-def llm(cfg: LlmConfig, w: Weights, bits: int, scales: Weights | None = None) -> Graph:
+def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
     """Appends rows to slots: x (M, E), rows of all slots one after another -> hidden (B', E).
 
     spread (B, S): row of x for each slot and place, M for none; pack (M): place in (B S) of each
     row of x; last (B'): rows of x whose final-normed hidden is wanted; n_total (B): rows of a slot,
     the new ones included, less one; n_new (B): new rows of a slot; k_i, v_i (B, KV, N, d): slots,
-    written in place where the caller binds k_out_i, v_out_i to the same memory. They are int8 with
-    `scales` of k_i and v_i (1, KV, 1, d), else float32.
+    written in place where the caller binds k_out_i, v_out_i to the same memory. They and the
+    matrices are int8 with `scales` of k_i and v_i (1, KV, 1, d), else float32.
     """
-    g = Graph("llm")
+    g = Graph("llm", is_int8=scales is not None)
     x = g.input("x", FLOAT, ["M", cfg.width])
     spread = g.input("spread", INT64, ["B", "S"])
     pack, last = g.input("pack", INT64, ["M"]), g.input("last", INT64, ["R"])
@@ -320,7 +320,7 @@ def llm(cfg: LlmConfig, w: Weights, bits: int, scales: Weights | None = None) ->
     normed = g.add("SimplifiedLayerNormalization", x, first, epsilon=cfg.rms_eps, axis=-1)
     for i in range(cfg.n_layers):
         part = {k.removeprefix(f"layers.{i}."): v for k, v in w.items()}
-        qkv = g.low_bit_linear(normed, part["attn.qkv_proj"], bits)
+        qkv = g.linear(normed, part["attn.qkv_proj"])
         rows = g.add("Gather", g.concat(qkv, nothing, axis=0), spread, axis=0)  # (B, S, ...)
         past = [g.input(f"{x}_{i}", kind, slot) for x in "kv"]
         new = [g.declare(f"{x}_out_{i}", kind, slot) for x in "kv"]
@@ -330,12 +330,12 @@ def llm(cfg: LlmConfig, w: Weights, bits: int, scales: Weights | None = None) ->
         g.add("GroupQueryAttention", *inputs, outputs=[mixed, *new], **head)
         flat = g.reshape(mixed, -1, cfg.n_heads * cfg.head_width)
         mixed = g.add("Gather", flat, pack, axis=0)
-        out = g.low_bit_linear(mixed, part["attn.o_proj.weight"], bits)
+        out = g.linear(mixed, part["attn.o_proj.weight"])
         normed, x = _add_rms_norm(g, cfg, out, x, part["mlp_norm.weight"])
-        both = g.low_bit_linear(normed, part["mlp.gate_up_proj"], bits)
+        both = g.linear(normed, part["mlp.gate_up_proj"])
         gate, up = g.add("Split", both, axis=-1, num_outputs=2, outputs=2)
         hidden = g.add("Mul", g.add("QuickGelu", gate, alpha=1.0), up)  # SiLU
-        out = g.low_bit_linear(hidden, part["mlp.down_proj.weight"], bits)
+        out = g.linear(hidden, part["mlp.down_proj.weight"])
         is_last = i + 1 == cfg.n_layers
         after = w["norm.weight"] if is_last else w[f"layers.{i + 1}.attn_norm.weight"]
         normed, x = _add_rms_norm(g, cfg, out, x, after)
@@ -350,11 +350,11 @@ def _rope(g: Graph, cfg: LlmConfig, n_places: int) -> tuple[str, str]:
     return g.const(np.cos(angle)), g.const(np.sin(angle))
 
 
-def vocabulary(weight: Floats, bits: int) -> Graph:
+def vocabulary(weight: Floats, *, is_int8: bool = False) -> Graph:
     """hidden (R, E) -> logits (R, V): for writers that let the LLM choose among all tokens."""
-    g = Graph("vocabulary")
+    g = Graph("vocabulary", is_int8=is_int8)
     hidden = g.input("hidden", FLOAT, ["R", weight.shape[1]])
-    g.output("logits", g.low_bit_linear(hidden, weight, bits), ["R", weight.shape[0]])
+    g.output("logits", g.linear(hidden, weight), ["R", weight.shape[0]])
     return g
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-FORMAT = 5  # changes with the graphs
+FORMAT = 6  # changes with the graphs
 INDEX = "stages.json"
-BITS = {"int4": 4, "int8": 8, "float32": 32}  # of the LLM's matrices, by --dtype
-DEFAULT_DTYPE = "int4"
+DTYPES = ("int8", "float32")  # of the matrices
+DEFAULT_DTYPE = "int8"
 PASS_ROWS = 64  # of one slot in one pass of the LLM
 
 

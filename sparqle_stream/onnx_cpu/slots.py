@@ -1,8 +1,10 @@
 """Slots: the LLM's K/V of all rows, and the decoder that `decode.write` asks.
 
-Contract: a slot's K/V only grows, bytes once written never change; what waits to be read is read
+Contract: a slot's K/V only grows, bytes that count never change; what waits to be read is read
 before the next thing that is, in order. A pass reads what waits in all rows that it is asked for,
-however many rows each has, without padding.
+however many rows each has, without padding, and behind it what they expect to pick (speculative
+decoding, Leviathan et al., 2023): rows that do not count before they are picked, and are written
+over when something else is.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from sparqle_stream.errors import ModelError
@@ -19,8 +22,11 @@ from sparqle_stream.onnx_cpu.settings import PASS_ROWS, places
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from sparqle_stream.decode import Expect
     from sparqle_stream.onnx_cpu.model import OnnxModel
     from sparqle_stream.stages import Floats
+
+    Ints = npt.NDArray[np.int64]
 
 
 class Slots:
@@ -35,6 +41,8 @@ class Slots:
         self.length = np.zeros(n_rows, np.int32)
         self.hidden = np.zeros((n_rows, cfg.width), np.float32)  # final-normed, of the last row
         self._waiting: list[list[Floats]] = [[] for _ in range(n_rows)]
+        # Picks that were read ahead, in order, with the hidden state after each.
+        self._ahead: list[list[tuple[list[int], Floats]]] = [[] for _ in range(n_rows)]
         self._session = model.session("llm")
         self._binding = self._session.io_binding()
         for name, array in self.kv.items():
@@ -48,6 +56,7 @@ class Slots:
         self.length[row] = 0
         self.hidden[row] = 0.0
         self._waiting[row].clear()
+        self._ahead[row].clear()
 
     def state_bytes(self) -> int:
         return sum(array.nbytes for array in (*self.kv.values(), self.length, self.hidden))
@@ -80,15 +89,16 @@ class Slots:
 
     def leave(self, tokens: Mapping[int, list[int]]) -> None:
         for row, ids in tokens.items():
-            if ids:
-                self.leave_embedded(row, self.model.tokens[ids].astype(np.float32))
+            if ids and not self._is_ahead(row, ids):
+                self.leave_embedded(row, self._embed(ids))
 
     def leave_embedded(self, row: int, embeds: Floats) -> None:
         """embeds (R, E) will be the slot's next rows."""
+        self._ahead[row].clear()
         self._waiting[row].append(embeds)
 
-    def read(self, tokens: Mapping[int, list[int]]) -> None:
-        """All that waits in these rows, then their tokens."""
+    def read(self, tokens: Mapping[int, list[int]], expect: Expect | None = None) -> None:
+        """All that waits in these rows, then their tokens, then what they expect."""
         self.leave(tokens)
         new = {row: np.concatenate(self._waiting[row]) for row in tokens if self._waiting[row]}
         if not new:
@@ -96,9 +106,22 @@ class Slots:
         self._check_room(new)
         for row in new:
             self._waiting[row].clear()
-        while new:
-            self._append({row: embeds[:PASS_ROWS] for row, embeds in new.items()})
-            new = {row: e[PASS_ROWS:] for row, e in new.items() if len(e) > PASS_ROWS}
+        while longer := {row: e for row, e in new.items() if len(e) > PASS_ROWS}:
+            self._append({row: embeds[:PASS_ROWS] for row, embeds in longer.items()}, {})
+            new |= {row: embeds[PASS_ROWS:] for row, embeds in longer.items()}
+        self._append(new, {row: expect(row) for row in new} if expect else {})
+
+    def _embed(self, ids: list[int]) -> Floats:
+        embeds: Floats = self.model.tokens[ids].astype(np.float32)
+        return embeds
+
+    def _is_ahead(self, row: int, ids: list[int]) -> bool:
+        """Whether the slot's next rows have been read ahead; they count from now on."""
+        if not self._ahead[row] or self._ahead[row][0][0] != ids:
+            return False
+        _, self.hidden[row] = self._ahead[row].pop(0)
+        self.length[row] += len(ids)
+        return True
 
     # --- passes ----------------------------------------------------------------------------------
 
@@ -110,33 +133,53 @@ class Slots:
                     hint="cut the segment before its slot is full",
                 )
 
-    def _append(self, new: Mapping[int, Floats]) -> None:
+    def _append(self, new: Mapping[int, Floats], ahead: Mapping[int, list[list[int]]]) -> None:
         """One pass of the graph `llm`; see graphs.llm for its inputs."""
+        picks = {row: self._fitting(row, len(new[row]), ids) for row, ids in ahead.items()}
+        parts = {
+            row: [embeds, *map(self._embed, picks.get(row, []))] for row, embeds in new.items()
+        }
+        rows = {row: np.concatenate(embeds) for row, embeds in parts.items()}
+        ends = np.cumsum(
+            [len(part) for embeds in parts.values() for part in embeds], dtype=np.int64
+        )
+        hidden = iter(self._run(rows, ends - 1))
+        for row, embeds in new.items():
+            self.length[row] += len(embeds)
+            self.hidden[row] = next(hidden)
+            self._ahead[row] = [(ids, next(hidden)) for ids in picks.get(row, [])]
+
+    def _fitting(self, row: int, n_new: int, picks: list[list[int]]) -> list[list[int]]:
+        """As many of a row's picks as fit into the pass and the slot behind its new rows."""
+        room = min(PASS_ROWS, self.n_slot - int(self.length[row])) - n_new
+        ends = np.cumsum([len(ids) for ids in picks])
+        return picks[: int((ends <= room).sum())]
+
+    def _run(self, new: Mapping[int, Floats], last: Ints) -> Floats:
+        """Rows behind those that count; the hidden states (R, E) of some of them, by place."""
         counts = np.zeros(len(self.length), np.int32)
         for row, embeds in new.items():
             counts[row] = len(embeds)
         x = np.concatenate(list(new.values()))
         spread = np.full((len(counts), counts.max()), len(x), np.int64)
         pack = np.empty(len(x), np.int64)
-        last = np.cumsum([len(embeds) for embeds in new.values()], dtype=np.int64) - 1
         at = 0
         for row, embeds in new.items():
             n = len(embeds)
             spread[row, :n] = np.arange(at, at + n)
             pack[at : at + n] = row * spread.shape[1] + np.arange(n)
             at += n
-        total = self.length + counts
         inputs = {
             "x": x,
             "spread": spread,
             "pack": pack,
             "last": last,
-            "n_total": np.maximum(total, 1) - 1,  # an idle slot says what it has
+            "n_total": np.maximum(self.length + counts, 1) - 1,  # an idle slot says what it has
             "n_new": counts,
         }
         for name, value in inputs.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
         self._binding.bind_output("hidden")
         self._session.run_with_iobinding(self._binding)
-        self.length = total
-        self.hidden[list(new)] = self._binding.get_outputs()[-1].numpy()  # bound last
+        hidden: Floats = self._binding.get_outputs()[-1].numpy()  # bound last
+        return hidden

@@ -172,7 +172,7 @@ def cell(chunk_ms: int, delay_ms: int, wer: float, p50: float | None) -> dict:
 
 RESULT = {
     "bench": "tradeoff",
-    "settings": {"model": "m", "llm": None, "vad": "silero", "dtype": "int4", "n_streams": 8},
+    "settings": {"model": "m", "llm": None, "vad": "silero", "dtype": "int8", "n_streams": 8},
     "machine": CARD | {"weights_hash": "feedbeef00112233"},
     "timing": {"machine_was_busy": False, "others_share_before": 0.0},
     "sets": [{"name": "dev/x", "recordings": 35}],

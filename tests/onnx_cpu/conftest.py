@@ -14,16 +14,14 @@ from sparqle_stream.testing import ByteTokenizer
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """bits -> folder of the tiny model's graphs."""
+    """dtype -> folder of the tiny model's graphs."""
     folders = {}
 
-    def make(bits: int = 32, **qformer: object):
-        key = (bits, *sorted(qformer.items()))
-        if key not in folders:
-            model = testing.tiny_model()
-            folders[key] = tmp_path_factory.mktemp("graphs") / "tiny"
-            export(model, folders[key], bits)
-        return folders[key]
+    def make(dtype: str = "float32"):
+        if dtype not in folders:
+            folders[dtype] = tmp_path_factory.mktemp("graphs") / "tiny"
+            export(testing.tiny_model(), folders[dtype], dtype)
+        return folders[dtype]
 
     return make
 
@@ -35,9 +33,9 @@ def graphs(exported):
 
 
 @pytest.fixture
-def low_bit(exported):
-    """bits -> the tiny model on ONNX Runtime with such an LLM."""
-    return lambda bits: onnx_model.load(exported(bits), threads=1, tokenizer=ByteTokenizer())
+def int8_graphs(exported):
+    """The tiny model on ONNX Runtime in int8."""
+    return onnx_model.load(exported("int8"), threads=1, tokenizer=ByteTokenizer())
 
 
 @pytest.fixture

@@ -39,9 +39,9 @@ def test_a_missing_file_is_named(folder, name):
 def test_nothing_is_left_of_a_failed_export(tmp_path, tiny, monkeypatch):
     from sparqle_stream.onnx_cpu import export
 
-    monkeypatch.setattr(export.graphs, "vocabulary", lambda *_: 1 / 0)
+    monkeypatch.setattr(export.graphs, "vocabulary", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export.export(tiny, tmp_path / "out", 32)
+        export.export(tiny, tmp_path / "out", "float32")
     assert not list(tmp_path.iterdir())
 
 

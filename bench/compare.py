@@ -31,6 +31,7 @@ from bench import machine, manifests, peers, plots, scoring, settings
 from bench.peers import OURS, PEERS, tokens_for
 from bench.settings import Settings
 from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.engine import n_cores
 from sparqle_stream.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> dict[str, Any]:
         wanted = settings.from_args(args)
         if not wanted.threads:  # the same number for everybody, whatever their defaults are
-            args.threads = machine.n_cores_allowed()
+            args.threads = n_cores()
             wanted = settings.from_args(args)
         wanted.stream_options()  # wrong options are said before a model is loaded
         if args.rounds < 1:

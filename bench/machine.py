@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sparqle_stream.engine import n_cores
 from sparqle_stream.errors import ConfigError, MissingExtraError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -39,8 +40,8 @@ def card(weights_hash: str, n_threads: int) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpu_flags": [flag for flag in VECTOR_FLAGS if flag in _cpu_flags()],
         "cores": os.cpu_count(),
-        "cores_allowed": n_cores_allowed(),
-        "threads": n_threads or n_cores_allowed(),
+        "cores_allowed": n_cores(),
+        "threads": n_threads or n_cores(),
         "memory_gb": round(_memory_bytes() / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -55,13 +56,6 @@ def card(weights_hash: str, n_threads: int) -> dict[str, Any]:
 def cpu_model() -> str:
     """The name that the processor gives itself."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def n_cores_allowed() -> int:
-    """Cores that this process may use; containers and taskset allow fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

@@ -80,7 +80,6 @@ class Settings:
             dtype=self.dtype,
             device=self.compute,
             backend=self.backend,
-            threads=self.threads,
         )
 
     def summary(self) -> dict[str, Any]:

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from bench.manifests import RecordingSet
     from bench.reel import Pcm, Reel
     from bench.settings import Settings
-    from sparqle_stream.engine import Engine, Slots
+    from sparqle_stream.engine import Engine
     from sparqle_stream.models import Model
+    from sparqle_stream.worker import Slots
 
 EXIT_GREW = 1
 SHORTEST_S = 1.0

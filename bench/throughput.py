@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from bench import load, machine, manifests, plots, reel, settings
 from bench.targets import End, EngineTarget, StreamTarget
 from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.engine import n_cores
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def rising(rig: Rig, args: argparse.Namespace, limit_ms: float) -> dict[str, Any
         return bool(figures["kept_up"])
 
     held = load.search(keeps_up, args.most)
-    cores = machine.n_cores_allowed() if not args.url else None
+    cores = n_cores() if not args.url else None
     return {
         "streams_held": held,
         "is_limited_by_most": held == args.most,

@@ -8,22 +8,23 @@ of an engine without it; a span costs some microseconds.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparqle_stream.batch import Batch
 from sparqle_stream.engine import Engine
+from sparqle_stream.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
-    from typing import Any
 
     from bench.trace import Trace
     from sparqle_stream.config import EngineConfig
-    from sparqle_stream.engine import Slots, Stream
+    from sparqle_stream.engine import Stream
     from sparqle_stream.models import Model
     from sparqle_stream.session import Session
     from sparqle_stream.stages import StepResult
+    from sparqle_stream.worker import Slots
 
 
 def traced_engine(
@@ -32,14 +33,8 @@ def traced_engine(
     trace: Trace,
     make_slots: Callable[[Model, int], Slots] = Batch,
 ) -> Engine:
-    """An engine whose worker writes into `trace`."""
-    made: list[_TracedSlots] = []
-
-    def make(model: Model, n_slots: int) -> Slots:
-        made.append(_TracedSlots(make_slots(model, n_slots), trace))
-        return made[0]
-
-    return _TracedEngine(model, cfg, make, trace, made)
+    """An engine whose workers write into `trace`."""
+    return _TracedEngine(model, cfg, lambda *which: _TracedSlots(make_slots(*which), trace), trace)
 
 
 class _TracedSlots:
@@ -67,26 +62,36 @@ class _TracedSlots:
         return result
 
 
-class _TracedEngine(Engine):
-    """Takes the times that the engine accounts for anyway; nothing in it is another engine's."""
+class _TracedWorker(Worker):
+    """Takes the times that a worker accounts for anyway; nothing in it is another worker's."""
 
-    def __init__(
-        self,
-        model: Model,
-        cfg: EngineConfig,
-        make_slots: Callable[[Model, int], Slots],
-        trace: Trace,
-        made: list[_TracedSlots],
-    ) -> None:
-        self._trace, self._made = trace, made
-        super().__init__(model, cfg, make_slots)
+    def __init__(self, trace: Trace, step: _TracedSlots, *given: Any) -> None:  # noqa: ANN401 - a worker's
+        self._trace, self._step_times = trace, step
+        super().__init__(*given)
 
-    def _account(self, seconds: dict[str, float], sessions: dict[Stream, Session]) -> None:
+    def account(self, seconds: dict[str, float], sessions: dict[Stream, Session]) -> None:
         now = time.perf_counter()
         if set(seconds) == {"vad"}:
             self._trace.span("vad", now - seconds["vad"], seconds["vad"])
         else:
-            rows, step = sorted(stream.row for stream in sessions), self._made[0]
+            rows, step = sorted(stream.row for stream in sessions), self._step_times
             self._trace.span("chunk", step.began_at, now - step.began_at, rows=rows)
             self._trace.span("words", step.ended_at, now - step.ended_at)
-        super()._account(seconds, sessions)
+        super().account(seconds, sessions)
+
+
+class _TracedEngine(Engine):
+    def __init__(
+        self,
+        model: Model,
+        cfg: EngineConfig,
+        make_slots: Callable[[Model, int], _TracedSlots],
+        trace: Trace,
+    ) -> None:
+        self._trace = trace
+        super().__init__(model, cfg, make_slots)
+
+    def _make_worker(self, batch: Slots, n_rows: int) -> Worker:
+        assert isinstance(batch, _TracedSlots)
+        given = (self.model, self.cfg, batch, n_rows, self._lock, self._metrics)
+        return _TracedWorker(self._trace, batch, *given)

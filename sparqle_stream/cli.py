@@ -181,7 +181,6 @@ def load_engine(args: Namespace, n_slots: int = 1) -> Engine:
             dtype=args.dtype,
             device=args.compute,
             backend=args.backend,
-            threads=args.threads,
         )
     tasks.require(tasks.name_of(args.task, args.to), model.cfg.tasks)
     return Engine(model, cfg)

@@ -7,7 +7,6 @@ error. 'fail' is what keeps captions from working at all; 'note' is what some co
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparqle_stream import __version__, messages
+from sparqle_stream.engine import n_cores
 from sparqle_stream.errors import ModelError, SparqleError
 
 if TYPE_CHECKING:
@@ -114,9 +114,8 @@ def _torch() -> list[Finding]:
         import torch
     except (ImportError, OSError) as err:
         return [Finding("torch", "fail", f"cannot be imported: {err}", "pip install torch")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     detail = (
-        f"{torch.__version__}, {torch.get_num_threads()} threads on {cores} cores,"
+        f"{torch.__version__}, {torch.get_num_threads()} threads on {n_cores()} cores,"
         f" {torch.backends.cpu.get_cpu_capability()}"
     )
     return [Finding("torch", "ok", detail)]

@@ -42,6 +42,7 @@ class Model(Protocol):
     tokenizer: Tokenizer
     name: str
     weights_hash: str  # of the files of model and LLM
+    is_shared: bool  # whether several threads may run its stages at once, each with rows of its own
 
     def make_stages(self, n_rows: int) -> Stages: ...
 
@@ -57,13 +58,12 @@ def load(
     dtype: str = "auto",
     device: str = "cpu",
     backend: str = "auto",
-    threads: int = 0,
 ) -> Model:
     """A model by name or folder with its LLM (by name, file or folder), ready on `device`.
 
     dtype: 'int8' (of all large matrices) or 'float32' on the ONNX backend, 'float32' or 'bfloat16'
-    on torch. threads: of the ONNX backend, 0 for as many as there are cores. Raises
-    ConfigError for what does not go together, ModelError for files that are missing or wrong.
+    on torch. Raises ConfigError for what does not go together, ModelError for files that are
+    missing or wrong.
     """
     is_random = str(name_or_path) == RANDOM_TINY
     backend, dtype = choose(backend, dtype, device, is_random=is_random)
@@ -72,8 +72,8 @@ def load(
     from sparqle_stream.onnx_cpu import model
 
     if (Path(name_or_path) / INDEX).is_file():
-        return model.load(Path(name_or_path), threads)
-    return model.load(_graphs(name_or_path, llm, dtype), threads)
+        return model.load(Path(name_or_path))
+    return model.load(_graphs(name_or_path, llm, dtype))
 
 
 def choose(backend: str, dtype: str, device: str, *, is_random: bool = False) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Stream: one caller's side of the engine; audio in from any thread, events out in order.
 
 Holds what was received and not heard yet, and where events go. What happens to it is decided by
-`engine.Engine`, under whose lock the methods of the engine's side are called.
+its `worker.Worker`, under whose lock the methods of the worker's side are called.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sparqle_stream.config import StreamOptions
-    from sparqle_stream.engine import Engine
     from sparqle_stream.errors import SparqleError
     from sparqle_stream.session import Session
+    from sparqle_stream.worker import Worker
 
     OnEvent = Callable[[messages.Event], None]
 
@@ -54,7 +54,7 @@ class Stream:
     """One caller's stream; made by `Engine.open`. Its methods may be called from any thread."""
 
     def __init__(
-        self, engine: Engine, row: int, options: StreamOptions, on_event: OnEvent | None
+        self, worker: Worker, row: int, options: StreamOptions, on_event: OnEvent | None
     ) -> None:
         self.id = uuid.uuid4().hex[:12]
         self.options = options
@@ -64,7 +64,7 @@ class Stream:
         self.compute_seconds = 0.0
         self.session: Session | None = None  # made and used by the worker
         self.failure: SparqleError | None = None
-        self._engine = engine
+        self._worker = worker
         self._inbox: deque[Floats | Mark] = deque()
         self.n_inbox = 0  # samples that the detector has not heard
         self.n_begun = 0  # segments that the detector has found
@@ -79,20 +79,20 @@ class Stream:
 
         Audio for a stream that the engine has ended is dropped: its last event said why.
         """
-        self._engine.feed(self, checked(pcm))
+        self._worker.feed(self, checked(pcm))
 
     def flush(self) -> None:
         """Ends the open segment now, so that its last words come out, then `Flushed`; the stream
         goes on."""
-        self._engine.mark(self, Mark.FLUSH)
+        self._worker.mark(self, Mark.FLUSH)
 
     def finish(self) -> None:
         """No more audio: what was sent is captioned, then `Done` frees the slot."""
-        self._engine.mark(self, Mark.FINISH)
+        self._worker.mark(self, Mark.FINISH)
 
     def cancel(self) -> None:
         """Frees the slot at once. No event follows, not even for audio that was sent."""
-        self._engine.cancel(self)
+        self._worker.cancel(self)
 
     def events(self, timeout: float | None = None) -> Iterator[messages.Event]:
         """Events in order, up to and including Done or Error.
@@ -114,7 +114,7 @@ class Stream:
 
     def wait_for_room(self, seconds: float, timeout: float | None = None) -> bool:
         """Blocks until `seconds` of audio fit or the stream has ended; False on timeout."""
-        return self._engine.wait_for_room(self, seconds, timeout)
+        return self._worker.wait_for_room(self, seconds, timeout)
 
     @property
     def backlog_s(self) -> float:
@@ -125,9 +125,9 @@ class Stream:
     @property
     def room_s(self) -> float:
         """Seconds of audio that `feed` would take now."""
-        return max(0.0, self._engine.cfg.backlog_s - self.backlog_s)
+        return max(0.0, self._worker.cfg.backlog_s - self.backlog_s)
 
-    # --- the engine's side, under its lock -------------------------------------------------------
+    # --- the worker's side, under its lock -------------------------------------------------------
 
     @property
     def has_work(self) -> bool:

@@ -49,6 +49,7 @@ class SparqleModel:
     name: str
     weights_hash: str  # of the files of model and LLM
     device: torch.device
+    is_shared: bool = False  # its kernels take all cores, or the one device there is
 
     def make_stages(self, n_rows: int) -> TorchStages:
         return TorchStages(self, n_rows, CudaCapture() if self.device.type == "cuda" else None)

@@ -125,7 +125,7 @@ def test_any_cut_leaves_the_same_state(tiny, pcm):
             feed(stream, cut(pcm, size))
             stream.finish()
             list(stream.events())
-            states.append(dict(state_tensors(engine._batch)))
+            states.append(dict(state_tensors(engine.workers[0].batch)))
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
 

@@ -302,7 +302,7 @@ def test_a_callback_hears_everything_from_the_worker(oracle):
     stream.feed(say(["called", "back"]))
     stream.finish()
     assert done.wait(LONG_S)
-    assert {name for name, _ in heard} == {"sparqle-engine"}
+    assert {name for name, _ in heard} == {"sparqle-worker"}
     assert text_of(event for _, event in heard) == "called back"
     with pytest.raises(ProtocolError):
         next(stream.events())
@@ -380,7 +380,7 @@ def test_close_ends_every_stream(oracle):
     with pytest.raises(BusyError, match="shutting down"):
         engine.open(OPTIONS)
     engine.close()
-    assert not engine._worker.is_alive()
+    assert not any(worker.is_alive for worker in engine.workers)
 
 
 # --- rule 9, metrics, log ------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_seams_of_long_speech_lose_and_double_nothing(engine, chunk_ms, delay_ms
     assert segments == sorted(segments)
     assert engine.metrics().seams <= len(set(segments)) <= engine.metrics().seams + 1
     n_before = segments.count(0)
-    assert engine._batch.seam_prefixes[0].split() == words[n_before - 8 : n_before]
+    assert engine.workers[0].batch.seam_prefixes[0].split() == words[n_before - 8 : n_before]
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_full_slot_is_a_seam_too(engine):
 def test_the_prompt_stands_before_every_segment(engine):
     options = StreamOptions(vad=OFF, prompt="names are here", max_segment_s=4.0)
     engine.transcribe(say(vocabulary(40)), options)
-    prefixes = engine._batch.seam_prefixes
+    prefixes = engine.workers[0].batch.seam_prefixes
     assert prefixes
     assert all(prefix.split()[:3] == ["names", "are", "here"] for prefix in prefixes)
 
@@ -86,6 +86,6 @@ def test_the_task_stands_between_prompt_and_context(engine):
     """A long prompt loses its beginning, what was said is the newest: the task is never lost."""
     told = {"prompt": "names " * 60 + "are here", "instruction": "Write it down:"}
     engine.transcribe(say(vocabulary(40)), StreamOptions(vad=OFF, max_segment_s=4.0, **told))
-    prefixes = engine._batch.seam_prefixes
+    prefixes = engine.workers[0].batch.seam_prefixes
     assert prefixes
     assert all(" names are here Write it down: " in prefix for prefix in prefixes)

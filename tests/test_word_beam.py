@@ -168,3 +168,18 @@ def test_hours_stay_small(lexicon, is_committed):
 def test_a_beam_needs_a_size():
     with pytest.raises(ConfigError, match="a size and a width"):
         BeamConfig(size=0)
+
+
+def test_a_course_tells_what_candidates_will_say(lexicon):
+    """Words of the best reading with their times and masses, as if they were committed in turn."""
+    for seed in range(4):
+        beam = WordBeam(lexicon, WIDE)
+        beam.hear(random_frames(8, lexicon, seed))
+        course, everything = beam.course()
+        assert everything == pytest.approx(beam.candidates()[1], abs=1e-6)
+        for said in course:
+            found = {c.word.text: c for c in beam.candidates()[0]}
+            now = found[said.word.text]
+            assert (now.word.end, now.is_closed) == (said.word.end, said.is_closed)
+            assert now.score == pytest.approx(said.score, abs=1e-6)
+            beam.commit(said.word.text)

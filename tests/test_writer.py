@@ -218,3 +218,34 @@ def test_a_row_is_alone(joint_model, speech):
     with Engine(joint_model, EngineConfig(n_slots=3)) as engine, ThreadPoolExecutor(3) as pool:
         together = pool.map(lambda i: plain(engine.transcribe(speech[i * 4000 :], OFF)), range(3))
         assert list(together) == alone
+
+
+def test_a_writer_expects_what_it_writes_when_the_llm_agrees(vocabulary, lexicon):
+    """The first word of a sentence with a capital, and as many words as are due."""
+    heard = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat", gap=12, sure=0.999))
+    joint = Joint(heard, 9, 0)
+    assert text_of_picks(joint.expect(), vocabulary) == [" Cat", " sat"]
+    assert write_all(joint, vocabulary, {" Cat": -0.5}) == [" Cat", " sat"]
+    assert joint.expect() == []
+    heard.beam.hear(frames(lexicon, "cat", gap=12, sure=0.999))
+    assert text_of_picks(Joint(heard, 9, 0).expect(), vocabulary) == [" cat"]
+    joint = Joint(heard, 9, 0)
+    assert joint.goes_on(0.0)
+    ids = joint.suggest()
+    assert (
+        vocabulary.decode(joint.pick(ids, [float(i == vocabulary.encode(".")[0]) for i in ids]))
+        == "."
+    )
+    assert text_of_picks(joint.expect(), vocabulary) == [" Cat"]
+
+
+def test_a_writer_expects_no_word_that_is_not_due(vocabulary, lexicon):
+    heard = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat"))
+    assert text_of_picks(Joint(heard, 9, n_delay=5).expect(), vocabulary) == [" Cat"]
+    everything = Joint(heard, 9, n_delay=5, is_last=True).expect()
+    assert text_of_picks(everything, vocabulary) == [" Cat", " sat"]
+    assert Greedy(3).expect() == []
+
+
+def text_of_picks(picks, vocabulary):
+    return [vocabulary.decode(pick) for pick in picks]

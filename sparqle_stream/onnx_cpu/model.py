@@ -52,7 +52,7 @@ class OnnxModel:
     tokens: npt.NDArray[np.float16]  # (V, E) embeddings, mapped: what is not used is not read
     head: npt.NDArray[np.float16]  # (V, E) output embeddings, the same unless untied
     stop: npt.NDArray[np.float32]  # (E + 1,) stop head
-    threads: int
+    is_shared: bool = True  # sessions may be run by several threads
 
     def make_stages(self, n_rows: int) -> OnnxStages:
         return OnnxStages(self, n_rows)
@@ -65,7 +65,7 @@ class OnnxModel:
     def session(self, name: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
         """The session of a graph; `vocabulary` is loaded when somebody asks for it."""
         if name not in self.sessions:
-            self.sessions[name] = open_session(self.folder / f"{name}.onnx", self.threads)
+            self.sessions[name] = open_session(self.folder / f"{name}.onnx")
         return self.sessions[name]
 
     def kind(self, graph: str, name: str) -> Kind:
@@ -74,8 +74,8 @@ class OnnxModel:
         return KINDS[kinds[name]]
 
 
-def load(folder: Path, threads: int = 0, tokenizer: Tokenizer | None = None) -> OnnxModel:
-    """A folder that `export` wrote; `threads` 0: as many as there are cores.
+def load(folder: Path, tokenizer: Tokenizer | None = None) -> OnnxModel:
+    """A folder that `export` wrote.
 
     Raises ModelError for a folder of another version, or with something missing.
     """
@@ -99,21 +99,18 @@ def load(folder: Path, threads: int = 0, tokenizer: Tokenizer | None = None) -> 
         name=raw["name"],
         weights_hash=raw["weights_hash"],
         folder=folder,
-        sessions={name: open_session(folder / f"{name}.onnx", threads) for name in GRAPHS},
+        sessions={name: open_session(folder / f"{name}.onnx") for name in GRAPHS},
         tokens=tokens,
         head=_mapped(head) if head.is_file() else tokens,
         stop=np.load(folder / "stop.npy"),
-        threads=threads,
     )
 
 
-def open_session(path: Path, threads: int) -> Any:  # noqa: ANN401 - onnxruntime has no types
+def open_session(path: Path) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    """It computes in the thread that asks: an engine has several of these."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Threads of one graph must not spin while the next graph's work.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as err:

@@ -43,8 +43,8 @@ def test_a_pass_of_onnx_appends_its_rows(tiny, tmp_path, shape):
     from sparqle_stream.onnx_cpu import model
     from sparqle_stream.onnx_cpu.export import export
 
-    export(tiny, tmp_path / "tiny", 32)
-    stages = model.load(tmp_path / "tiny", 1, tiny.tokenizer).make_stages(8)
+    export(tiny, tmp_path / "tiny", "float32")
+    stages = model.load(tmp_path / "tiny", tiny.tokenizer).make_stages(8)
     n_streams, n_rows = shape
     rows = np.ones((n_streams, n_rows, tiny.cfg.llm.width), np.float32)
     passes._appender(stages, 20, rows)()

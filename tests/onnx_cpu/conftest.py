@@ -29,13 +29,13 @@ def exported(tmp_path_factory):
 @pytest.fixture
 def graphs(exported):
     """The tiny model on ONNX Runtime in float32."""
-    return onnx_model.load(exported(), threads=1, tokenizer=ByteTokenizer())
+    return onnx_model.load(exported(), tokenizer=ByteTokenizer())
 
 
 @pytest.fixture
 def int8_graphs(exported):
     """The tiny model on ONNX Runtime in int8."""
-    return onnx_model.load(exported("int8"), threads=1, tokenizer=ByteTokenizer())
+    return onnx_model.load(exported("int8"), tokenizer=ByteTokenizer())
 
 
 @pytest.fixture

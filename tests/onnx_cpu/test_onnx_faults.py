@@ -28,7 +28,7 @@ CHUNK = GOOD.chunk_samples
 @pytest.fixture(params=["torch", "onnx"])
 def engine(request, graphs, torch_model):
     model = torch_model if request.param == "torch" else graphs
-    with Engine(model, EngineConfig(n_slots=3)) as engine:  # 3: the model has two layers
+    with Engine(model, EngineConfig(n_slots=3, threads=1)) as engine:  # 3: the model has two layers
         yield engine
 
 
@@ -38,14 +38,14 @@ def noise(n_chunks, seed=0):
 
 def both(engine, bad=BAD):
     """One stream that will fail and one that must not, in the same steps: their events."""
-    batch, run, sizes = engine._batch, engine._batch.run, []
+    batch, run, sizes = engine.workers[0].batch, engine.workers[0].batch.run, []
 
     def counted(sessions):
         sizes.append(len(sessions))
         return run(sessions)
 
     batch.run = counted
-    with engine._change:  # nothing is heard before both have all of their audio
+    with engine._lock:  # nothing is heard before both have all of their audio
         streams = engine.open(bad), engine.open(GOOD)
         for stream in streams:
             stream.feed(noise(6))
@@ -165,8 +165,8 @@ def test_figures_that_are_no_numbers_end_their_own_stream(engine, alone, monkeyp
         if is_bad(session):
             turns.append(1)
             if len(turns) == 2:
-                (row,) = [r for r, s in engine._streams.items() if s.session is session]
-                spoil(engine._batch.stages, row)
+                (row,) = [r for r, s in engine.workers[0].streams.items() if s.session is session]
+                spoil(engine.workers[0].batch.stages, row)
         return next_turn(session)
 
     monkeypatch.setattr(Session, "next_turn", spoiled)
@@ -209,7 +209,7 @@ def poison(value, row, n_rows):
 
 def break_step(engine, monkeypatch, failures):
     """The LLM of a step fails, when the stages before it have written their state already."""
-    stages = engine._batch.stages
+    stages = engine.workers[0].batch.stages
     if hasattr(stages, "slots"):
         owner, name = type(stages.slots), "read"
     else:
@@ -253,7 +253,7 @@ def test_a_device_that_is_gone_is_counted(engine, monkeypatch):
     def gone(*_):
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(engine._batch.stages, "wipe", gone)
+    monkeypatch.setattr(engine.workers[0].batch.stages, "wipe", gone)
     for _ in range(FAILING_STEPS):
         assert engine.transcribe(noise(1), GOOD)[-1].code == "internal"
     assert engine.metrics().failing_steps == FAILING_STEPS

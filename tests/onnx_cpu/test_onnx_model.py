@@ -61,7 +61,7 @@ class Bytes:
     def encode(self, text): return [2 + b for b in text.encode()]
     def decode(self, ids): return bytes(max(0, i - 2) % 256 for i in ids).decode(errors="replace")
 
-loaded = model.load(Path({str(exported(8))!r}), threads=1, tokenizer=Bytes())
+loaded = model.load(Path({str(exported("int8"))!r}), tokenizer=Bytes())
 noise = np.random.default_rng(0).standard_normal(32000).astype(np.float32) * 0.1
 with Engine(loaded, EngineConfig(n_slots=2)) as engine:
     events = engine.transcribe(noise, StreamOptions(vad=VadConfig(kind="off")))
@@ -73,6 +73,6 @@ print(type(events[-1]).__name__, [m for m in ("torch", "transformers", "onnx") i
 
 def test_a_folder_of_graphs_is_a_model(exported, monkeypatch):
     seen = []
-    monkeypatch.setattr(onnx_model, "load", lambda folder, threads: seen.append((folder, threads)))
-    models.load(exported(), threads=3)
-    assert seen == [(exported(), 3)]
+    monkeypatch.setattr(onnx_model, "load", seen.append)
+    models.load(exported())
+    assert seen == [exported()]

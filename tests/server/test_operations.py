@@ -335,12 +335,12 @@ def test_a_name_that_leads_here_is_not_yet_a_friend(origin, host, settings, is_a
 def test_a_server_whose_steps_all_fail_wants_to_be_restarted(monkeypatch):
     """An orchestrator cannot tell it from a healthy one otherwise: it answers, and is idle."""
     with testing.oracle_engine(EngineConfig(n_slots=3)) as engine, serving(engine) as url:
-        run_batch = engine._batch.run
+        run_batch = engine.workers[0].batch.run
 
         def broken(_):
             raise RuntimeError("device lost")
 
-        monkeypatch.setattr(engine._batch, "run", broken)
+        monkeypatch.setattr(engine.workers[0].batch, "run", broken)
         for _ in range(hub.FAILING_STEPS):
             assert get(url, "/healthz")[0] == get(url, "/readyz")[0] == 200
             error = run(url, SPEECH, vad="off")[-1]
@@ -352,7 +352,9 @@ def test_a_server_whose_steps_all_fail_wants_to_be_restarted(monkeypatch):
         assert get(url, "/healthz")[1]["status"] == "failing"
         page = fetch(url, "/metrics")[1]
         assert value(page, "sparqle_steps_failed_total") == hub.FAILING_STEPS
-        monkeypatch.setattr(engine._batch, "run", run_batch)  # it came back: nobody was locked out
+        monkeypatch.setattr(
+            engine.workers[0].batch, "run", run_batch
+        )  # it came back: nobody was locked out
         assert isinstance(run(url, SPEECH, vad="off")[-1], messages.Done)
         assert get(url, "/healthz")[0] == get(url, "/readyz")[0] == 200
 

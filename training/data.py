@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 LONGEST_CHUNK_SAMPLES = 64 * FRAME_SAMPLES
+DRAWS, FIRST_DRAWS = 6, 600  # of clips for the rest of a stream, and for an empty one
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +149,28 @@ class StreamSampler:
         self.weights = [weight for _, _, weight in sources]
         self.queues: list[list[Clip]] = [[] for _ in sources]
 
-    def _next_clip(self) -> tuple[Pack, Clip]:
+    def _next_clip(self) -> tuple[int, Clip]:
+        """A source's number and its next clip."""
         i = self.rng.choices(range(len(self.sources)), self.weights)[0]
-        pack, clips = self.sources[i]
+        _, clips = self.sources[i]
         if not self.queues[i]:
             self.queues[i] = self.rng.sample(clips, len(clips))
-        return pack, self.queues[i].pop()
+        return i, self.queues[i].pop()
+
+    def _fitting(self, n_left: int, n_draws: int) -> tuple[Clip, Floats] | None:
+        """A clip of at most `n_left` samples, if one is drawn; longer ones come again."""
+        found = None
+        waiting: list[tuple[int, Clip]] = []
+        while found is None and len(waiting) < n_draws:
+            i, clip = self._next_clip()
+            pcm = self.augment.speed(self.sources[i][0].pcm(clip))
+            if 1600 <= len(pcm) <= n_left:
+                found = clip, pcm
+            else:
+                waiting.append((i, clip))
+        for i, clip in waiting:
+            self.queues[i].insert(0, clip)
+        return found
 
     def stream(self, seconds: float = 0.0) -> Stream:
         """Whole clips with pauses of 10 ms .. 1 s between them, mostly short ones, together of
@@ -168,12 +185,10 @@ class StreamSampler:
         parts = [np.zeros(at, np.float32)]
         limit = round((seconds or self.seconds) * SAMPLE_RATE_HZ)
         while at < limit * 0.75:
-            pack, clip = self._next_clip()
-            pcm = self.augment.speed(pack.pcm(clip))
-            if len(pcm) < 1600 or at + len(pcm) > limit:
-                if not said and len(pcm) > limit:
-                    continue
+            found = self._fitting(limit - at, DRAWS if said else FIRST_DRAWS)
+            if found is None:
                 break
+            clip, pcm = found
             said.append(Utterance(at, at + len(pcm), clip.text, clip.id, clip.targets))
             pause = np.zeros(round(rng.uniform(0.1, 1.0) ** 2 * SAMPLE_RATE_HZ), np.float32)
             parts += [pcm, pause]

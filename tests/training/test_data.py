@@ -66,18 +66,28 @@ def test_streams_hold_whole_clips_and_know_where_they_lie(pack):
         assert not stream.clean[silent].any()
 
 
-def test_every_clip_is_heard_once_a_pass(pack):
-    """A clip that no longer fits ends the stream and is gone for this pass."""
+def test_every_clip_is_drawn_once_a_pass(pack):
     made = sampler(pack)
     for _ in range(4):
         drawn = {made._next_clip()[1].id for _ in pack.clips}
         assert drawn == {clip.id for clip in pack.clips}
 
 
+def test_what_no_longer_fits_comes_again(tmp_path):
+    """Long clips beside short ones: none is lost for this pass, and streams are full."""
+    mixed = write_pack(tmp_path / "mixed", [5 * RATE_HZ] * 6 + [RATE_HZ // 2] * 40)
+    made = sampler(mixed, seconds=6.0)
+    streams = [made.stream() for _ in range(8)]
+    heard = [said.clip_id for stream in streams for said in stream.utterances]
+    assert sum(len(stream.utterances) > 1 for stream in streams) >= 6
+    long = [clip.id for clip in mixed.clips if clip.seconds > 1]
+    assert len(set(heard) & set(long)) == min(6, sum(clip in long for clip in heard))
+
+
 def test_weights_choose_the_source(pack, noise):
     augment = Augmenter(CLEAN, None, random.Random(0))
     made = StreamSampler([(pack, pack.clips, 3.0), (noise, noise.clips, 1.0)], augment, 60.0)
-    from_pack = sum(made._next_clip()[0] is pack for _ in range(2000))
+    from_pack = sum(made._next_clip()[0] == 0 for _ in range(2000))
     assert from_pack / 2000 == pytest.approx(0.75, abs=0.05)  # five standard deviations
 
 

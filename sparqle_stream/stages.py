@@ -38,7 +38,7 @@ class StepResult:
 
 
 class Laps:
-    """Wall-clock seconds between calls, by name."""
+    """Wall-clock seconds between calls, summed by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -46,7 +46,7 @@ class Laps:
 
     def __call__(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[name] = now - self._last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
 
 

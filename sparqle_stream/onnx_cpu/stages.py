@@ -31,12 +31,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from sparqle_stream.decode import Writer
     from sparqle_stream.onnx_cpu.memory import Kind
     from sparqle_stream.onnx_cpu.model import OnnxModel
     from sparqle_stream.stages import Floats, Hear
 
     Ints = npt.NDArray[np.int64]
 
+# Rows whose hearing is one pass: all at once would cost 5 % less, and half as much memory again.
+HEARD_TOGETHER = 2
 PATIENCE = 8  # rows that may wait for a pass that somebody needs; longer ones get their own
 
 
@@ -155,24 +158,38 @@ class OnnxStages:
         ahead_frames: int,
         hear: Hear,
     ) -> StepResult:
-        lap, rows = Laps(), np.array(sorted(pcm), np.int64)
-        mel = self._features(rows, np.stack([pcm[row] for row in rows.tolist()]))
-        lap("features")
-        frames, log_probs = self._ear(rows, mel, ahead_frames)
-        lap("encoder")
-        waits = np.array([wait_ms[row] for row in rows.tolist()], np.int64)
-        queries = self._qformer(rows, frames, log_probs, waits)
-        lap("qformer")
-        writers = {
-            row: hear(row, heard) for row, heard in zip(rows.tolist(), log_probs, strict=True)
-        }
-        lap("captions")
-        for row, new in zip(rows.tolist(), queries, strict=True):
-            self.slots.leave_embedded(row, new)
+        lap, rows = Laps(), sorted(pcm)
+        writers: dict[int, Writer] = {}
+        for start in range(0, len(rows), HEARD_TOGETHER):
+            some = rows[start : start + HEARD_TOGETHER]
+            heard, queries = self._listen(some, pcm, wait_ms, ahead_frames, lap)
+            for row, log_probs, new in zip(some, heard, queries, strict=True):
+                writers[row] = hear(row, log_probs)
+                self.slots.leave_embedded(row, new)
+            lap("captions")
         tokens = write(self.slots, writers)
         self.slots.read({row: [] for row in writers if self.slots.n_waiting(row) > PATIENCE})
         lap("llm")
         return StepResult(tokens, lap.seconds)
+
+    def _listen(
+        self,
+        some: list[int],
+        pcm: Mapping[int, Floats],
+        wait_ms: Mapping[int, int],
+        ahead_frames: int,
+        lap: Laps,
+    ) -> tuple[Floats, Floats]:
+        """All before the text, of some rows: CTC log-probs (b, C, V), queries (b, Q, E)."""
+        rows = np.array(some, np.int64)
+        mel = self._features(rows, np.stack([pcm[row] for row in some]))
+        lap("features")
+        frames, log_probs = self._ear(rows, mel, ahead_frames)
+        lap("encoder")
+        waits = np.array([wait_ms[row] for row in some], np.int64)
+        queries = self._qformer(rows, frames, log_probs, waits)
+        lap("qformer")
+        return log_probs, queries
 
     def _features(self, rows: Ints, pcm: Floats) -> Floats:
         """pcm (b, S) -> log-mel (b, S / 160, M)."""

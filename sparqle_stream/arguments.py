@@ -12,7 +12,7 @@ import difflib
 from typing import TYPE_CHECKING, NoReturn
 
 from sparqle_stream import __version__, serve_arguments, tasks
-from sparqle_stream.config import EngineConfig, StreamOptions
+from sparqle_stream.config import BACKENDS, DTYPES, EngineConfig, StreamOptions
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ FORMATS = ("txt", "json", "jsonl", "srt", "vtt", "tsv")
 MIC_FORMATS = ("txt", "jsonl", "srt", "vtt")
 INPUT_FORMATS = ("s16le", "f32le", "mulaw", "alaw")
 MODEL_ACTIONS = ("list", "pull", "path", "verify")
-DTYPES = ("auto", "int8", "float32", "bfloat16")
-BACKENDS = ("auto", "onnx", "torch")
 
 # Options that may also be set by a variable: SPARQLE_ and the option in capitals.
 FROM_ENVIRONMENT = (
@@ -255,7 +253,8 @@ def _model(parser: Parser) -> None:
         type=int,
         default=default.threads,
         metavar="N",
-        help="CPU threads; 0 takes as many as there are cores (default %(default)s)",
+        help="CPU threads, over which streams are spread; 0 takes as many as there are cores"
+        " (default %(default)s)",
     )
     add(
         "--dtype",

@@ -266,6 +266,10 @@ class ModelConfig:
     writer: WriterConfig = field(default_factory=WriterConfig)
 
 
+BACKENDS = ("auto", "onnx", "torch")
+DTYPES = ("auto", "int8", "float32", "bfloat16")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One engine: one device, `n_slots` streams, one chunk size for all of them."""
@@ -273,8 +277,8 @@ class EngineConfig:
     n_slots: int = 16
     chunk_ms: int = 320
     threads: int = 0  # 0: as many as there are cores
-    dtype: str = "auto"  # one of models.DTYPES; the engine takes the model as it was loaded
+    dtype: str = "auto"  # one of DTYPES; the engine takes the model as it was loaded
     compute: str = "cpu"  # cpu | cuda
-    backend: str = "auto"  # one of models.BACKENDS, likewise
+    backend: str = "auto"  # one of BACKENDS, likewise
     backlog_s: float = 30.0  # audio a stream may have waiting
     context_words: int = 8  # words carried into the next segment as text

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sparqle_stream import artifacts
 from sparqle_stream.artifacts import list_models, path, pull, verify
+from sparqle_stream.config import BACKENDS, DTYPES
 from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.onnx_cpu.settings import DEFAULT_DTYPE, FORMAT, INDEX
 from sparqle_stream.onnx_cpu.settings import DTYPES as ONNX_DTYPES
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Model", "list_models", "load", "path", "pull", "verify"]
 
 RANDOM_TINY = "random:tiny"
-BACKENDS = ("auto", "onnx", "torch")
 TORCH_DTYPES = ("float32", "bfloat16")
-DTYPES = ("auto", "int8", "float32", "bfloat16")
 
 
 class Model(Protocol):

@@ -137,13 +137,6 @@ def test_print_config_shows_what_options_and_variables_come_to(run):
     assert json.loads(run("serve", "--print-config", "--slots", "3").out)["engine"]["n_slots"] == 3
 
 
-def test_dtypes_are_those_of_the_model():
-    from sparqle_stream import models
-
-    assert arguments.DTYPES == models.DTYPES
-    assert arguments.BACKENDS == models.BACKENDS
-
-
 @pytest.mark.parametrize(
     ("argv", "environ", "error", "hint"),
     [

@@ -50,8 +50,9 @@ def usable(clip: Clip) -> bool:
 def clips_of(source: Source, pack: Pack) -> list[Clip]:
     """What may be drawn. Raises ConfigError for `skip_poor` where nothing was aligned."""
     if not 0 < source.share <= 1:
-        raise ConfigError(f"share = {source.share} of {source.pack}", hint="use 0.25, 0.5 or 1")
-    clips = pack.clips[:: round(1 / source.share)]
+        raise ConfigError(f"share = {source.share} of {source.pack}", hint="above 0, at most 1")
+    n = max(1, round(len(pack.clips) * source.share))
+    clips = [pack.clips[i * len(pack.clips) // n] for i in range(n)]
     if not source.transcribed:
         return [replace(c, text="", targets={}) for c in clips]
     poor = poor_ids(pack.folder) if source.skip_poor else set()

@@ -10,6 +10,8 @@ import pytest
 
 from sparqle_stream.errors import ConfigError
 from training import ablate, joint
+from training.corpus import Pack
+from training.sources import Source, clips_of
 
 CONFIGS = Path(ablate.__file__).parent / "configs"
 PLAN = """
@@ -84,6 +86,15 @@ def test_a_share_of_the_data_is_spread_over_it(files, tmp_path):
     shares = [cfg.sources[0].share for cfg in plan.variants.values()]
     assert shares == [1.0, 1.0, 0.5, 1.0]
     assert {cfg.steps for cfg in plan.variants.values()} == {2}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.5, 0.01])
+def test_any_share_may_be_asked_for(files, share):
+    pack = Pack(Path(files.pack))
+    source = Source(str(files.pack), transcribed=False, share=share)
+    clips = [clip.id for clip in clips_of(source, pack)]
+    assert len(clips) == max(1, round(share * len(pack.clips)))
+    assert len(set(clips)) == len(clips)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -73,9 +74,13 @@ def measure(
     sets = _with_cuts(sets)
     with closing(Engine(model, wanted.engine_config())) as engine:
         warm_up(engine, wanted, sets)
+        start = time.perf_counter()
         captioned = [caption(engine, wanted, s) for s in sets]
+        wall_s = time.perf_counter() - start
     timing = timing_of([c for of_set in captioned for c in of_set])
     timing |= under.summary()
+    # Seconds of audio that the whole machine captioned in a second.
+    timing["rtfx"] = round(timing["audio_seconds"] / wall_s, 2)
     if with_ctc:
         hear(model, wanted, [one for of_set in captioned for one in of_set])
     if transcripts is not None:

@@ -166,7 +166,8 @@ def _files(of_set: Json) -> str:
 
 
 _RUN_HEAD = (
-    "run | revisions | streams at once | audio | RTF | peak memory | weights | commit | machine"
+    "run | revisions | streams at once | audio | RTF of a stream | RTFx of the machine"
+    " | peak memory | weights | commit | machine"
 )
 
 
@@ -179,6 +180,7 @@ def _run_row(name: str, result: Json, machines: Machines) -> list[str]:
         str(result["settings"]["n_streams"]),
         f"{timing['audio_seconds'] / 60:.1f} min",
         rtf,
+        number(timing.get("rtfx"), 1),
         f"{timing['peak_rss_mb']:.0f} MB",
         f"`{card['weights_hash'][:12]}`",
         f"`{card['commit']}`",

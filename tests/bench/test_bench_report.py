@@ -31,6 +31,7 @@ SETTINGS = {
 }
 TIMING = {
     "audio_seconds": 600.0,
+    "rtfx": 15.21,
     "rtf": 0.1234,
     "peak_rss_mb": 801.4,
     "machine_was_busy": False,
@@ -115,11 +116,11 @@ def test_figures_of_accuracy_are_on_the_page():
     assert (emission, end, run) == ("356, 400 ms", "633, 633 ms", "`read.json`")
     ((*_, minutes, n_false, a_minute, _),) = rows(page, "noise/eval")
     assert (minutes, n_false, a_minute) == ("12.0", "18", "**1.50**")
-    ((_, revisions, streams, audio, rtf, memory, weights, commit, machine),) = rows(
+    ((_, revisions, streams, audio, rtf, rtfx, memory, weights, commit, machine),) = rows(
         page, "`read.json`"
     )
     assert (revisions, streams, audio) == ("0", "4", "10.0 min")
-    assert (rtf, memory) == ("0.123", "801 MB")
+    assert (rtf, rtfx, memory) == ("0.123", "15.2", "801 MB")
     assert (weights, commit, machine) == ("`feedbeef0011`", "`0123456789ab`", "A")
 
 

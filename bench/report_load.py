@@ -96,7 +96,7 @@ def _level_row(one: Json) -> list[str]:
 
 # --- soak --------------------------------------------------------------------------------------
 
-_UNITS = {"rss_mb": "resident memory, MB", "step_ms": "time of a step, ms"}
+_UNITS = {"rss_mb": "resident memory, MB", "chunk_ms": "time of a chunk, ms"}
 
 
 def soak(results: Results, machines: Machines) -> list[str]:

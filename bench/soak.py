@@ -5,11 +5,11 @@ lengths come and go, faster than real time, until --hours of audio were captione
 order, some are flushed before, some are given up in the middle. In an engine of this process, or
 with --server through our own websocket server here, where giving up is hanging up.
 Out: one JSON document: after every round of streams the resident memory, the bytes of all state,
-the mean time of a step, open files, threads and streams that are still open; and how much each grew
-from the first fifth of the run on, which is warm-up.
+the mean time of a chunk, open files, threads and streams that are still open; and how much each
+grew from the first fifth of the run on, which is warm-up.
 
 Contract: exits with 1 when something grew. Refuses a machine that others use, unless --force: the
-time of a step is one of the figures; the result says so then.
+time of a chunk is one of the figures; the result says so then.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FEWEST_SAMPLES = 5  # after the warm-up; fewer say nothing
 ALLOWED = {
     "rss_mb": (0.02, 5.0),
     "state_bytes": (0.0, 0.0),
-    "step_ms": (0.2, 0.0),
+    "chunk_ms": (0.2, 0.0),
     "open_files": (0.0, 0.5),
     "threads": (0.0, 0.5),
     "streams_open": (0.0, 0.0),
@@ -192,7 +192,7 @@ class Watcher:
         while self._engine.metrics().n_streams and time.perf_counter() < deadline:
             time.sleep(0.01)
         now, reading = self._engine.metrics(), self._process.read()
-        n_steps = now.steps - self._last.steps
+        n_chunks = now.chunks - self._last.chunks
         spent_s = now.step_seconds.total_s - self._last.step_seconds.total_s
         self._last = now
         return {
@@ -200,7 +200,7 @@ class Watcher:
             "audio_seconds": round(audio_s, 1),
             "rss_mb": round(reading.rss_mb, 1),
             "state_bytes": sum(s.state_bytes() for s in self._slots),
-            "step_ms": round(1000 * spent_s / n_steps, 3) if n_steps else None,
+            "chunk_ms": round(1000 * spent_s / n_chunks, 3) if n_chunks else None,
             "open_files": reading.open_files,
             "threads": reading.threads,
             "streams_open": now.n_streams,

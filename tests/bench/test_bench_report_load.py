@@ -65,7 +65,7 @@ SAMPLES = [
         "cycles": 4 * i,
         "rss_mb": 801.5,
         "state_bytes": 123_456,
-        "step_ms": 31.0 + 4 * i,
+        "chunk_ms": 31.0 + 4 * i,
         "open_files": 20,
         "threads": 5,
         "streams_open": 0,

@@ -18,7 +18,7 @@ def samples(n: int = 20, **series) -> list[dict]:
     flat = {
         "rss_mb": 800.0,
         "state_bytes": 1000,
-        "step_ms": 30.0,
+        "chunk_ms": 30.0,
         "open_files": 20,
         "threads": 5,
         "streams_open": 0,
@@ -43,7 +43,7 @@ def test_nothing_that_is_flat_is_blamed():
     rng = np.random.default_rng(0)
     shaking = {
         "rss_mb": (800 + rng.normal(0, 3, 20)).tolist(),
-        "step_ms": (30 + rng.normal(0, 2, 20)).tolist(),
+        "chunk_ms": (30 + rng.normal(0, 2, 20)).tolist(),
     }
     assert all(one["is_flat"] for one in soak.flatness(samples(**shaking)).values())
 
@@ -52,7 +52,7 @@ def test_nothing_that_is_flat_is_blamed():
     ("name", "values"),
     [
         ("rss_mb", [800.0 + 2 * i for i in range(20)]),  # 30 MB in the last 16 samples
-        ("step_ms", [30.0 + i for i in range(20)]),
+        ("chunk_ms", [30.0 + i for i in range(20)]),
         ("state_bytes", [1000] * 19 + [1001]),
         ("open_files", [20 + i // 4 for i in range(20)]),
         ("threads", [5 + i for i in range(20)]),
@@ -125,7 +125,7 @@ def command(idle, clip_path, monkeypatch, tiny, capsys):
 @pytest.mark.parametrize("where", [[], ["--server"]], ids=["engine", "server"])
 def test_streams_come_and_go(command, where, monkeypatch):
     """Whether a step takes as long on a busy test machine is not tested; what is exact is."""
-    monkeypatch.setitem(soak.ALLOWED, "step_ms", (1e9, 0.0))
+    monkeypatch.setitem(soak.ALLOWED, "chunk_ms", (1e9, 0.0))
     monkeypatch.setitem(soak.ALLOWED, "rss_mb", (1e9, 0.0))
     result = command(*where)
     assert result["audio_seconds"] >= 0.006 * 3600

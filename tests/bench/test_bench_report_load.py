@@ -124,7 +124,7 @@ def test_figures_of_soak_are_on_the_page():
     assert "**not flat**: 1.00 h of audio in 40 streams, 9.9 times real time, 0 failed" in page
     assert rows(page, "state bytes")[0][1:3] == ["123,456", "123,456"]
     # 8 samples from 43 to 71 ms are kept: 28 ms more, 20 % of the median 57 are allowed.
-    assert rows(page, "time of a step")[0][1:] == ["43", "71", "71", "28", "11.4", "**no**"]
+    assert rows(page, "time of a chunk")[0][1:] == ["43", "71", "71", "28", "11.4", "**no**"]
     assert rows(page, "resident memory")[0][-1] == "yes"
     short = SOAK | {"flat": soak.flatness(SAMPLES[:3]), "is_flat": None}
     page = report.render([("s.json", short)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -110,6 +112,20 @@ def test_a_guess_that_fails_ends_its_own_stream(engine, monkeypatch):
 class NoGuess(Greedy):
     def expect(self):
         raise ZeroDivisionError("a guess's bug")
+
+
+def test_workers_hand_over_soon(graphs, torch_model):
+    """One that comes back from a graph must not wait 5 ms for another one's Python."""
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.005)
+        Engine(graphs, EngineConfig(n_slots=1)).close()
+        Engine(torch_model, EngineConfig(n_slots=4)).close()
+        assert sys.getswitchinterval() == pytest.approx(0.005)
+        Engine(graphs, EngineConfig(n_slots=4, threads=2)).close()
+        assert sys.getswitchinterval() <= 0.001
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_closing_ends_the_streams_of_all_workers(engine):

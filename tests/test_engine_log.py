@@ -9,7 +9,7 @@ from sparqle_stream.testing import oracle_engine, say
 
 
 def test_one_log_record_per_stream_without_its_words(caplog):
-    caplog.set_level(logging.DEBUG, logger="sparqle_stream.engine")
+    caplog.set_level(logging.DEBUG, logger="sparqle_stream.worker")
     with oracle_engine(EngineConfig(n_slots=1)) as engine:
         engine.transcribe(say(["secret", "words"]), StreamOptions(vad=VadConfig(kind="off")))
     assert len(caplog.records) == 1

@@ -21,6 +21,8 @@ from sparqle_stream.lexicon import UNKNOWN
 from sparqle_stream.pieces import BLANK
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sparqle_stream.config import BeamConfig
     from sparqle_stream.lexicon import Lexicon
 
@@ -328,26 +330,17 @@ class WordBeam:
         A word that is open counts as if it ended here, where it can; elsewhere readings count for
         the word that they begin with, or not at all.
         """
-        mass, scores = self._now.mass().tolist(), self._now.scores().tolist()
         best: dict[str, tuple[float, Word, bool]] = {}
         sums: dict[str, float] = {}
         nothing = NEVER
-        for i, (hist, node, began, moved, _, ends, *_) in enumerate(self._now.ints.T.tolist()):
-            words, score = self._histories[hist].words, scores[i]
-            if node and ends:  # the look-ahead does not know which words are before this one
-                score = mass[i] + self._histories[self._ended(i)].score
-            if words:
-                word = words[0]
-            elif node and ends:
-                word = Word(self._text(node), began, moved + 1)
-            else:
-                if not node:
-                    nothing = _sum(nothing, score)
+        for words, n_closed, score in self._counting():
+            if not words:
+                nothing = _sum(nothing, score)
                 continue
-            known = sums.get(word.text)
-            sums[word.text] = score if known is None else _sum(known, score)
+            word = words[0]
+            sums[word.text] = _sum(sums.get(word.text, NEVER), score)
             if word.text not in best or score > best[word.text][0]:
-                best[word.text] = (score, word, bool(words))
+                best[word.text] = (score, word, n_closed > 0)
         found = [Candidate(w, sums[text], closed) for text, (_, w, closed) in best.items()]
         everything = float(np.logaddexp.reduce([nothing, *sums.values()]))
         return sorted(found, key=lambda c: -c.score), everything, nothing
@@ -357,17 +350,9 @@ class WordBeam:
 
         It tells beforehand what `candidates` will say when its words are committed one by one.
         """
-        mass, scores = self._now.mass().tolist(), self._now.scores().tolist()
         sums, best = dict[tuple[str, ...], float](), (NEVER, tuple[Word, ...](), 0)
         everything = NEVER
-        for i, (hist, node, began, moved, _, ends, *_) in enumerate(self._now.ints.T.tolist()):
-            words, score = self._histories[hist].words, scores[i]
-            n_closed = len(words)
-            if node and ends:
-                score = mass[i] + self._histories[self._ended(i)].score
-                words = (*words, Word(self._text(node), began, moved + 1))
-            elif node and not words:
-                continue
+        for words, n_closed, score in self._counting():
             everything = _sum(everything, score)
             texts = tuple(word.text for word in words)
             for n in range(1, len(texts) + 1):
@@ -380,6 +365,19 @@ class WordBeam:
             Candidate(word, sums[texts[: n + 1]], n < n_closed) for n, word in enumerate(words)
         ]
         return found, everything
+
+    def _counting(self) -> Iterator[tuple[tuple[Word, ...], int, float]]:
+        """Readings that count: their words, an open one as if it ended here, how many of them are
+        closed, and log mass. Those of nothing but an open word that cannot end do not.
+        """
+        mass, scores = self._now.mass().tolist(), self._now.scores().tolist()
+        for i, (hist, node, began, moved, _, ends, *_) in enumerate(self._now.ints.T.tolist()):
+            words, score = self._histories[hist].words, scores[i]
+            if node and ends:  # the look-ahead does not know which words are before this one
+                score = mass[i] + self._histories[self._ended(i)].score
+                yield (*words, Word(self._text(node), began, moved + 1)), len(words), score
+            elif words or not node:
+                yield words, len(words), score
 
     def readings(self) -> list[tuple[tuple[str, ...], float]]:
         """Words since the last committed one and their log mass, best first; open ones end here."""

@@ -30,8 +30,7 @@ import numpy as np
 from bench import machine, manifests, peers, plots, scoring, settings
 from bench.peers import OURS, PEERS, tokens_for
 from bench.settings import Settings
-from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.engine import n_cores
+from sparqle_stream.config import SAMPLE_RATE_HZ, n_cores
 from sparqle_stream.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:

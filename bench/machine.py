@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sparqle_stream.engine import n_cores
+from sparqle_stream.config import n_cores
 from sparqle_stream.errors import ConfigError, MissingExtraError
 
 REPO = Path(__file__).resolve().parent.parent

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import load, machine, manifests, plots, reel, settings
 from bench.targets import End, EngineTarget, StreamTarget
-from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.engine import n_cores
+from sparqle_stream.config import SAMPLE_RATE_HZ, n_cores
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ one CTC frame 40 ms, one query 80 ms. A chunk is a whole number of queries.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from sparqle_stream.errors import ConfigError
@@ -264,6 +265,13 @@ class ModelConfig:
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     beam: BeamConfig = field(default_factory=BeamConfig)
     writer: WriterConfig = field(default_factory=WriterConfig)
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 BACKENDS = ("auto", "onnx", "torch")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparqle_stream import __version__, messages
-from sparqle_stream.engine import n_cores
+from sparqle_stream.config import n_cores
 from sparqle_stream.errors import ModelError, SparqleError
 
 if TYPE_CHECKING:

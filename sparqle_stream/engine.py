@@ -8,13 +8,12 @@ step of this size win little (docs/cpu-engine.md). Else one worker has them all.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from typing import TYPE_CHECKING
 
 from sparqle_stream.batch import Batch
-from sparqle_stream.config import SAMPLE_RATE_HZ, EngineConfig, StreamOptions
+from sparqle_stream.config import SAMPLE_RATE_HZ, EngineConfig, StreamOptions, n_cores
 from sparqle_stream.errors import BusyError, ConfigError
 from sparqle_stream.metrics import EngineMetrics
 from sparqle_stream.stream import TURN_SAMPLES, Floats, Phase, Stream
@@ -127,13 +126,6 @@ class Engine:
             worker.stop()
         for worker in self.workers:
             worker.join()
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _shares(n_slots: int, n_workers: int) -> list[int]:

@@ -15,8 +15,8 @@ from bench.reel import Reel
 from bench.socket_target import Line, SocketTarget, full_url
 from bench.targets import End, EngineTarget, Outcome, StreamTarget
 from sparqle_stream import testing
-from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
-from sparqle_stream.engine import Engine, n_cores
+from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig, n_cores
+from sparqle_stream.engine import Engine
 from sparqle_stream.errors import ConfigError
 
 NO_VAD = StreamOptions(vad=VadConfig(kind="off"))

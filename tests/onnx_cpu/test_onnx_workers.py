@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
-from sparqle_stream.engine import Engine, n_cores
+from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig, n_cores
+from sparqle_stream.engine import Engine
 from sparqle_stream.errors import BusyError
 from sparqle_stream.messages import Done, Error, Ready
 from sparqle_stream.session import Session

@@ -30,7 +30,7 @@ DEFAULT_MODEL = "sparqle-base-en"
 DEFAULT_LLM = "smollm2-135m-instruct"
 ASSETS = Path(__file__).parent / "assets"
 PULL_HINT = "run: sparqle-stream models pull"
-MODEL_FILES = ("config.json", "encoder.safetensors", "bridge.safetensors", "pieces.json")
+MODEL_FILES = ("config.json", "ear.safetensors", "bridge.safetensors", "pieces.json")
 WORDS_FILE = "words.safetensors"  # that a model may do without
 MANIFEST = "manifest.json"
 

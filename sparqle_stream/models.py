@@ -1,10 +1,10 @@
 """Models: names and folders -> a model ready to run, on the backend that fits the device.
 
-A model folder holds config.json, encoder.safetensors, bridge.safetensors (CTC head, Q-Former, stop
-head, LoRA), pieces.json and, if words are to be searched for in what CTC hears, words.safetensors;
-its LLM is an argument. A CPU runs it as ONNX graphs, which are made once, from the torch modules,
-and kept in the cache folder: from then on torch is not imported. What `training.export --onnx`
-wrote is such a folder of graphs, and a model too.
+A model folder holds config.json, ear.safetensors (encoder, CTC head), bridge.safetensors (Q-Former,
+stop head, LoRA), pieces.json and, if words are to be searched for in what CTC hears,
+words.safetensors; its LLM is an argument. A CPU runs it as ONNX graphs, which are made once, from
+the torch modules, and kept in the cache folder: from then on torch is not imported. What
+`training.export --onnx` wrote is such a folder of graphs, and a model too.
 """
 
 from __future__ import annotations

@@ -117,9 +117,9 @@ def read(folder: Path, source: str | Path) -> SparqleModel:
         weights_hash=artifacts.hash_of(folder, source),
         device=torch.device("cpu"),
     )
-    encoder = weights.read_safetensors(folder / "encoder.safetensors")
-    weights.load_into(model.encoder, weights.expanded(encoder))
-    weights.load_into(model.ctc, weights.part(bridge, "ctc"))
+    ear = weights.expanded(weights.read_safetensors(folder / "ear.safetensors"))
+    weights.load_into(model.encoder, weights.part(ear, "encoder"))
+    weights.load_into(model.ctc, weights.part(ear, "ctc"))
     weights.load_into(model.qformer, weights.part(bridge, "qformer"))
     weights.load_into(model.llm.stop, weights.part(bridge, "stop"))
     return model

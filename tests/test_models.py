@@ -40,13 +40,21 @@ def byte_bpe():
 
 def parts_of(model):
     """What a model folder's two safetensors hold."""
-    bridge = {
-        f"{part}.{name}": tensor.contiguous()
-        for part, module in (("ctc", model.ctc), ("qformer", model.qformer))
-        for name, tensor in module.state_dict().items()
-    }
-    bridge |= {f"stop.{name}": tensor for name, tensor in model.llm.stop.state_dict().items()}
-    return dict(model.encoder.state_dict()), bridge
+    parts = (
+        {"encoder": model.encoder, "ctc": model.ctc},
+        {
+            "qformer": model.qformer,
+            "stop": model.llm.stop,
+        },
+    )
+    return [
+        {
+            f"{part}.{name}": tensor.contiguous()
+            for part, module in modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+        for modules in parts
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +64,11 @@ def written(tmp_path_factory, tiny):
     folder, llm = root / "model", root / "llm"
     folder.mkdir()
     llm.mkdir()
-    encoder, bridge = parts_of(tiny)
+    ear, bridge = parts_of(tiny)
     gen = torch.Generator().manual_seed(0)
     bridge[f"lora.{ADAPTED}.a"] = torch.randn(4, tiny.cfg.llm.width, generator=gen)
     bridge[f"lora.{ADAPTED}.b"] = torch.randn(tiny.cfg.llm.ffn, 4, generator=gen) * 0.1
-    save_file(encoder, folder / "encoder.safetensors")
+    save_file(ear, folder / "ear.safetensors")
     save_file(bridge, folder / "bridge.safetensors")
     tiny.pieces.tokenizer.save(str(folder / "pieces.json"))
     config = asdict(tiny.cfg) | {"lora_scale": LORA_SCALE}
@@ -218,18 +226,20 @@ def test_a_config_that_does_not_fit(written, folder, changes, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("file", "name", "said"),
     [
-        ("ctc.out.weight", r"do not fit CtcHead; missing: out\.weight"),
-        ("qformer.out.bias", r"do not fit QFormer; missing: out\.bias"),
-        ("stop.bias", r"do not fit Linear; missing: bias"),
-        (f"lora.{ADAPTED}.b", f"adapter of {ADAPTED}"),
+        ("ear", "encoder.conv1.bias", r"do not fit Encoder; missing: conv1\.bias"),
+        ("ear", "ctc.out.weight", r"do not fit CtcHead; missing: out\.weight"),
+        ("bridge", "qformer.out.bias", r"do not fit QFormer; missing: out\.bias"),
+        ("bridge", "stop.bias", r"do not fit Linear; missing: bias"),
+        ("bridge", f"lora.{ADAPTED}.b", f"adapter of {ADAPTED}"),
     ],
 )
-def test_a_tensor_that_is_missing_is_named(written, folder, name, said):
-    bridge = load_file(folder / "bridge.safetensors")
-    del bridge[name]
-    save_file(bridge, folder / "bridge.safetensors")
+def test_a_tensor_that_is_missing_is_named(written, folder, file, name, said):
+    path = folder / f"{file}.safetensors"
+    stored = load_file(path)
+    del stored[name]
+    save_file(stored, path)
     with pytest.raises(ModelError, match=said):
         models.load(folder, llm=written[1])
 
@@ -241,7 +251,7 @@ def test_a_file_that_is_missing_is_named(written, folder, name):
         models.load(folder, llm=written[1])
 
 
-@pytest.mark.parametrize("name", ["config.json", "encoder.safetensors", "bridge.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "ear.safetensors", "bridge.safetensors"])
 def test_a_damaged_file_is_named(written, folder, name):
     (folder / name).write_bytes((folder / name).read_bytes()[:50])
     with pytest.raises(ModelError, match=f"cannot read .*{name}"):

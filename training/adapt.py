@@ -9,8 +9,10 @@ learns alone first (`head_steps`), so that a random head never drags the encoder
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,25 +20,28 @@ from torch.nn import functional as F
 
 from sparqle_stream.config import SAMPLE_RATE_HZ, SILENT_MEL, CtcConfig
 from sparqle_stream.ctc import CtcHead
-from sparqle_stream.encoder import Encoder
+from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import CtcPieces
-from sparqle_stream.weights import load_into, part, read_safetensors
+from sparqle_stream.weights import part
 from training.data import AugmentConfig, spec_augment
-from training.hearing import distil_loss, encoder_config, mel_of, padded
+from training.hearing import distil_loss, load_ear, load_encoder, mel_of, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
 from training.sources import SHARE_SEED, Feed, Source, make_feed
 from training.text import spoken
 
+if TYPE_CHECKING:
+    from sparqle_stream.encoder import Encoder
+
 
 @dataclass(frozen=True, slots=True)
 class AdaptConfig:
-    init: str  # encoder weights (safetensors, our names); the teacher keeps them ...
     pieces: str
     sources: tuple[Source, ...]
-    teacher: str = ""  # ... unless it has its own, as after training.distill
-    ear: str = ""  # encoder and head to go on from, instead of `init` and a random head
+    init: str = ""  # encoder to begin with beside a random head (safetensors, our names), or ...
+    ear: str = ""  # ... encoder and head to go on from, of a run or of a model folder
+    teacher: str = ""  # encoder that `distil` holds to; else `init`'s, else `ear`'s
     frozen_blocks: int = 0  # the stem and as many blocks stay as they are; a step costs less
     noise: str = ""
     steps: int = 1000
@@ -117,16 +122,17 @@ class Trainer(Run):
     def start(cls, cfg: AdaptConfig, device: str = "cpu") -> Trainer:
         torch.manual_seed(cfg.seed)
         pieces = CtcPieces.load(Path(cfg.pieces))
-        weights = read_safetensors(Path(cfg.init))
-        shape = encoder_config(weights, Path(cfg.init))
-        encoder, teacher = Encoder(shape), Encoder(shape)
-        load_into(encoder, weights)
-        load_into(teacher, read_safetensors(Path(cfg.teacher)) if cfg.teacher else weights)
-        head = CtcHead(CtcConfig(width=shape.width, n_pieces=pieces.size))
         if cfg.ear:
-            ear = read_safetensors(Path(cfg.ear))
-            load_into(encoder, part(ear, "encoder"))
-            load_into(head, part(ear, "ctc"))
+            encoder, head = load_ear(Path(cfg.ear), pieces.size)
+        elif cfg.init:
+            encoder = load_encoder(Path(cfg.init))
+            head = CtcHead(CtcConfig(width=encoder.cfg.width, n_pieces=pieces.size))
+        else:
+            raise ConfigError("nothing to begin with", hint="give ear = or init = in the config")
+        taught_by = cfg.teacher or cfg.init
+        teacher = load_encoder(Path(taught_by)) if taught_by else deepcopy(encoder)
+        for module in (encoder, head):
+            module.train().requires_grad_(True)
         return cls(cfg, encoder, teacher, head, pieces, find_place(device, cfg.bf16))
 
     def weights(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 
 from sparqle_stream.errors import ModelError
-from sparqle_stream.weights import read_safetensors
+from sparqle_stream.weights import expanded, read_safetensors
 from training.errors import reported
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 def average(files: list[Path], weights: list[float]) -> dict[str, Tensor]:
     """sum_i weights_i * file_i / sum_i weights_i, summed in float32, in the first file's dtypes.
 
+    What is stored in int8 comes out in float32.
+
     Raises ModelError when the files do not hold the same tensors, or the weights sum to nothing.
     """
     if len(files) != len(weights) or not sum(weights) > 0:
@@ -32,10 +34,10 @@ def average(files: list[Path], weights: list[float]) -> dict[str, Tensor]:
             f"{len(weights)} weights that sum to {sum(weights):g} for {len(files)} files",
             hint="one weight a file, with a sum above 0",
         )
-    first = read_safetensors(files[0])
+    first = expanded(read_safetensors(files[0]))
     total = {name: tensor.float() * (weights[0] / sum(weights)) for name, tensor in first.items()}
     for file, weight in zip(files[1:], weights[1:], strict=True):
-        other = read_safetensors(file)
+        other = expanded(read_safetensors(file))
         for name in sorted(first.keys() | other.keys()):
             if name not in first or name not in other or first[name].shape != other[name].shape:
                 raise ModelError(

@@ -178,7 +178,7 @@ class Bridge(torch.nn.Module):
         return table
 
     def trained(self) -> dict[str, Tensor]:
-        """What goes into bridge.safetensors (the CTC head is written beside it by export)."""
+        """What goes into bridge.safetensors."""
         out = {f"qformer.{k}": v for k, v in self.qformer.state_dict().items()}
         out |= {f"stop.{k}": v for k, v in self.stop.state_dict().items()}
         if self.update == "full":

@@ -20,11 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparqle_stream.config import SAMPLE_RATE_HZ, SILENT_MEL
-from sparqle_stream.encoder import Encoder
-from sparqle_stream.weights import load_into, read_safetensors
 from training.adapt import freeze
 from training.data import AugmentConfig, spec_augment
-from training.hearing import distil_loss, encoder_config, load_ear, mel_of, padded
+from training.hearing import distil_loss, load_ear, load_encoder, mel_of, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
@@ -32,6 +30,7 @@ from training.sources import SHARE_SEED, Feed, Source, make_feed
 
 if TYPE_CHECKING:
     from sparqle_stream.ctc import CtcHead
+    from sparqle_stream.encoder import Encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +129,7 @@ def start(cfg: DistillConfig, device: str = "cpu") -> Trainer:
     if cfg.ear:
         (student, head), (teacher, _) = (load_ear(Path(cfg.ear), cfg.n_pieces) for _ in range(2))
         return Trainer(cfg, student, teacher, head, place)
-    weights = read_safetensors(Path(cfg.init))
-    student, teacher = (Encoder(encoder_config(weights, Path(cfg.init))) for _ in range(2))
-    load_into(student, weights)
-    load_into(teacher, weights)
+    student, teacher = (load_encoder(Path(cfg.init)) for _ in range(2))
     return Trainer(cfg, student, teacher, None, place)
 
 

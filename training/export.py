@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-STORED = ("encoder.safetensors", "bridge.safetensors", "pieces.json")
+STORED = ("ear.safetensors", "bridge.safetensors", "pieces.json")
 
 
 def compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,10 +62,11 @@ def export(
         )
     out.mkdir(parents=True, exist_ok=True)
     heard, trained = read_safetensors(ear), read_safetensors(bridge)
-    encoder, head = part(heard, "encoder"), {k: v for k, v in heard.items() if k.startswith("ctc.")}
-    cfg = replace(shapes(encoder, head, trained), name=out.name, tasks=tasks, writer=writer)
-    save_file(in_eight_bits(encoder), out / "encoder.safetensors")
-    save_file(compact(head | trained), out / "bridge.safetensors")
+    cfg = replace(shapes(heard, trained), name=out.name, tasks=tasks, writer=writer)
+    encoder = {name: value for name, value in heard.items() if name.startswith("encoder.")}
+    head = {name: value for name, value in heard.items() if name.startswith("ctc.")}
+    save_file(in_eight_bits(encoder) | compact(head), out / "ear.safetensors")
+    save_file(compact(trained), out / "bridge.safetensors")
     shutil.copyfile(pieces, out / "pieces.json")
     stored = [*STORED]
     if words is not None:
@@ -76,17 +77,16 @@ def export(
     (out / "config.json").write_text(json.dumps(asdict(cfg) | extra, indent=1) + "\n")
 
 
-def shapes(
-    encoder: dict[str, Tensor], head: dict[str, Tensor], trained: dict[str, Tensor]
-) -> ModelConfig:
+def shapes(heard: dict[str, Tensor], trained: dict[str, Tensor]) -> ModelConfig:
     """The config of weights that training made, by their shapes."""
-    width, n_pieces = encoder["conv1.weight"].shape[0], len(head["ctc.out.bias"])
+    encoder, n_pieces = part(heard, "encoder"), len(heard["ctc.out.bias"])
+    width = encoder["conv1.weight"].shape[0]
     layers = {name.split(".")[2] for name in trained if name.startswith("qformer.layers.")}
     llm_width, own_width = trained["qformer.out.weight"].shape
     return replace(
         ModelConfig(),
         encoder=whisper_config(encoder),
-        ctc=CtcConfig(width, len(head["ctc.hidden.bias"]), n_pieces),
+        ctc=CtcConfig(width, len(heard["ctc.hidden.bias"]), n_pieces),
         qformer=replace(
             QFormerConfig(),
             kind="window" if "qformer.queries" in trained else "stack",

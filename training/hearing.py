@@ -19,7 +19,7 @@ from sparqle_stream.config import (
 from sparqle_stream.ctc import CtcHead
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.errors import ModelError
-from sparqle_stream.weights import load_into, part, read_safetensors, whisper_config
+from sparqle_stream.weights import expanded, load_into, part, read_safetensors, whisper_config
 from training.data import Stream, stack
 
 if TYPE_CHECKING:
@@ -58,9 +58,20 @@ def distil_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return mse + 0.5 * (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
+def load_encoder(path: Path) -> Encoder:
+    """An encoder alone, as `prepare whisper` and training.distill write it. Raises ModelError."""
+    state = read_safetensors(path)
+    encoder = Encoder(encoder_config(state, path))
+    load_into(encoder, state)
+    return encoder
+
+
 def load_ear(path: Path, n_pieces: int) -> tuple[Encoder, CtcHead]:
-    """Encoder and CTC head of training.adapt. Raises ModelError for weights that do not fit."""
-    ear = read_safetensors(path)
+    """Encoder and CTC head of training.adapt or of a model folder; in float32 whatever is stored.
+
+    Raises ModelError for weights that do not fit.
+    """
+    ear = expanded(read_safetensors(path))
     state, ctc = part(ear, "encoder"), part(ear, "ctc")
     cfg = encoder_config(state, path)
     hidden = len(ctc["hidden.bias"]) if "hidden.bias" in ctc else CtcConfig().hidden

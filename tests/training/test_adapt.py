@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sparqle_stream.config import CtcConfig, EncoderConfig
 from sparqle_stream.ctc import CtcHead
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.errors import ConfigError
+from sparqle_stream.weights import in_eight_bits
 from training import adapt
 from training.adapt import AdaptConfig, Trainer, ctc_loss
 from training.corpus import PackWriter
@@ -47,7 +49,6 @@ def pack(tmp_path_factory):
 
 def config(pack, **changes):
     cfg = AdaptConfig(
-        init="",
         pieces="",
         sources=(Source(str(pack)),),
         steps=8,
@@ -227,3 +228,32 @@ def test_frozen_blocks_do_not_move(pack, pieces):
     assert all(torch.equal(before[k], after[k]) for k in still)
     assert moved(before, after, "encoder.ln_post")
     assert moved(before, after, "ctc")
+
+
+def test_a_run_can_begin_with_the_ear_of_a_model_folder(pack, pieces, tmp_path):
+    """Stored in 8 bits, and without anybody's Whisper."""
+    encoder = Encoder(EncoderConfig(width=64, n_heads=1, n_layers=1))
+    head = CtcHead(CtcConfig(64, 8, pieces.size))
+    stored = in_eight_bits({f"encoder.{k}": v for k, v in encoder.state_dict().items()})
+    stored |= {f"ctc.{k}": v.bfloat16() for k, v in head.state_dict().items()}
+    save_file(stored, tmp_path / "ear.safetensors")
+    pieces.tokenizer.save(str(tmp_path / "pieces.json"))
+    own = {"pieces": str(tmp_path / "pieces.json"), "ear": str(tmp_path / "ear.safetensors")}
+    trainer = Trainer.start(config(pack, head_steps=0, **own))
+    weights = copy_of(trainer.weights())
+    for name, value in encoder.state_dict().items():
+        assert torch.allclose(weights[f"encoder.{name}"], value, atol=0.01), name
+        assert torch.equal(weights[f"encoder.{name}"], trainer.teacher.state_dict()[name]), name
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    trainer.seed()
+    for _ in range(2):  # the rate of the first is nothing yet
+        trainer.train_step()
+    assert moved(weights, trainer.weights(), "encoder")
+    assert moved(weights, trainer.weights(), "ctc")
+
+
+def test_a_run_must_begin_with_something(pack, pieces, tmp_path):
+    pieces.tokenizer.save(str(tmp_path / "pieces.json"))
+    with pytest.raises(ConfigError, match="nothing to begin with") as err:
+        Trainer.start(config(pack, pieces=str(tmp_path / "pieces.json")))
+    assert "ear" in err.value.hint

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparqle_stream.errors import ModelError
+from sparqle_stream.weights import in_eight_bits
 from training import average
 
 
@@ -32,6 +33,17 @@ def test_weights_are_shares_of_their_sum(files):
 def test_one_file_is_its_own_mean(files):
     mean, own = average.average(files[2:], [0.3]), load_file(files[2])
     assert all(torch.equal(mean[name], own[name]) for name in own)
+
+
+def test_what_is_stored_in_eight_bits_is_expanded_first(tmp_path):
+    """The ear of a model folder beside one of a run."""
+    own, run = {"a": torch.randn(4, 9)}, {"a": torch.randn(4, 9)}
+    save_file(in_eight_bits(own), tmp_path / "own.safetensors")
+    save_file(run, tmp_path / "run.safetensors")
+    for names in (("own", "run"), ("run", "own")):
+        mean = average.average([tmp_path / f"{name}.safetensors" for name in names], [1.0, 1.0])
+        assert mean.keys() == {"a"}
+        assert torch.allclose(mean["a"], (own["a"] + run["a"]) / 2, atol=0.02)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [1.0, -1.0]])

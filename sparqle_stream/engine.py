@@ -52,10 +52,9 @@ class Engine:
         n_workers = min(self.cfg.threads or n_cores(), self.cfg.n_slots)
         if model.is_shared and n_workers > 1:
             sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
-        self.workers = [
-            self._make_worker(make_slots(model, n), n)
-            for n in _shares(self.cfg.n_slots, n_workers if model.is_shared else 1)
-        ]
+        shares = _shares(self.cfg.n_slots, n_workers if model.is_shared else 1)
+        batches = [make_slots(model, n) for n in shares]  # all, before the first thread runs
+        self.workers = [self._make_worker(b, n) for b, n in zip(batches, shares, strict=True)]
 
     def _make_worker(self, batch: Slots, n_rows: int) -> Worker:
         return Worker(self.model, self.cfg, batch, n_rows, self._lock, self._metrics)
@@ -119,13 +118,17 @@ class Engine:
             return self._metrics.copy()
 
     def close(self) -> None:
-        """Ends every stream with an Error event and stops the workers. May be called twice."""
+        """Ends every stream with an Error event and stops the workers. May be called twice.
+
+        Waits for their threads, except in `on_event`, where one would wait for itself.
+        """
         with self._lock:
             self._is_closing = True
         for worker in self.workers:
             worker.stop()
-        for worker in self.workers:
-            worker.join()
+        if not any(worker.is_current for worker in self.workers):
+            for worker in self.workers:
+                worker.join()
 
 
 def _shares(n_slots: int, n_workers: int) -> list[int]:

@@ -87,7 +87,6 @@ class RemoteStream:
         except Exception as err:
             log.exception("the client failed")
             self._tell(messages.Error("internal", f"{type(err).__name__}: {err}", "", time=0.0))
-            raise
         else:
             if not isinstance(last, messages.Done | messages.Error):
                 self._tell(messages.Error("connection", "the server stopped talking", "", time=0.0))

@@ -98,9 +98,13 @@ class Worker:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether it is its thread that asks."""
+        return threading.current_thread() is self._thread
+
     def join(self) -> None:
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
 
     def feed(self, stream: Stream, pcm: Floats) -> None:
         """For `Stream.feed`; pcm has been checked."""

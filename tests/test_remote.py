@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 
 import numpy as np
 import pytest
@@ -91,3 +92,20 @@ def test_a_server_that_falls_silent_is_an_error(monkeypatch):
 def test_a_wrong_address_is_told_at_once():
     with pytest.raises(ConfigError, match="not the address of a server"):
         RemoteStream("ftp://nowhere", print, {})
+
+
+def test_a_bug_is_told_once(url, monkeypatch, caplog):
+    """As the last event and in the log, not by the thread's end as well."""
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    raised, told = [], queue.SimpleQueue()
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    monkeypatch.setattr(client, "stream_sync", broken)
+    stream = RemoteStream(url, told.put, SPOKEN)
+    (error,) = events_until_the_end(told)
+    stream._thread.join(30.0)
+    assert (error.code, error.message) == ("internal", "ZeroDivisionError: a bug")
+    assert [record.message for record in caplog.records] == ["the client failed"]
+    assert not raised

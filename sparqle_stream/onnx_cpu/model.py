@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class OnnxModel:
     head: npt.NDArray[np.float16]  # (V, E) output embeddings, the same unless untied
     stop: npt.NDArray[np.float32]  # (E + 1,) stop head
     is_shared: bool = True  # sessions may be run by several threads
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def make_stages(self, n_rows: int) -> OnnxStages:
         return OnnxStages(self, n_rows)
@@ -65,7 +67,9 @@ class OnnxModel:
     def session(self, name: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
         """The session of a graph; `vocabulary` is loaded when somebody asks for it."""
         if name not in self.sessions:
-            self.sessions[name] = open_session(self.folder / f"{name}.onnx")
+            with self._lock:  # two workers may ask at once
+                if name not in self.sessions:
+                    self.sessions[name] = open_session(self.folder / f"{name}.onnx")
         return self.sessions[name]
 
     def kind(self, graph: str, name: str) -> Kind:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
+from sparqle_stream.batch import Batch
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig, n_cores
 from sparqle_stream.engine import Engine
 from sparqle_stream.errors import BusyError
 from sparqle_stream.messages import Done, Error, Ready
+from sparqle_stream.onnx_cpu import model as onnx_model
 from sparqle_stream.session import Session
 from sparqle_stream.testing import text_of
 from sparqle_stream.writer import Greedy
@@ -132,3 +136,59 @@ def test_closing_ends_the_streams_of_all_workers(engine):
     streams = [engine.open(OFF) for _ in range(4)]
     engine.close()
     assert [list(stream.events())[-1].code for stream in streams] == ["busy"] * 4
+
+
+def test_closing_from_the_callbacks_of_two_workers_at_once(graphs):
+    """Neither may wait for the other's thread."""
+    both = threading.Barrier(2, timeout=30.0)
+
+    def close(event):
+        if isinstance(event, Done):
+            both.wait()
+            engine.close()
+
+    engine = Engine(graphs, EngineConfig(n_slots=2, threads=2))
+    for stream in [engine.open(OFF, close) for _ in range(2)]:
+        stream.finish()
+    for worker in engine.workers:
+        worker._thread.join(30.0)  # what close() does elsewhere, but not forever
+    assert not any(worker.is_alive for worker in engine.workers)
+
+
+def test_an_engine_that_cannot_be_made_leaves_no_thread(graphs):
+    made = []
+
+    def make_slots(model, n):
+        if made:
+            raise MemoryError
+        made.append(Batch(model, n))
+        return made[0]
+
+    before = threading.active_count()
+    with pytest.raises(MemoryError):
+        Engine(graphs, EngineConfig(n_slots=2, threads=2), make_slots)
+    assert threading.active_count() == before
+
+
+def test_workers_share_the_graph_that_comes_last(graphs, monkeypatch):
+    opened, both = [], threading.Barrier(2, timeout=30.0)
+
+    def slow(path):
+        opened.append(path)
+        time.sleep(0.05)
+        return object()
+
+    def ask():
+        both.wait()
+        got.append(graphs.session("none yet"))
+
+    got = []
+    monkeypatch.setattr(onnx_model, "open_session", slow)
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    graphs.sessions.pop("none yet")
+    assert len(opened) == 1
+    assert got[0] is got[1]

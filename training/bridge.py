@@ -55,7 +55,7 @@ class JointConfig:
     n_layers: int = 2
     ema: float = 0.99
     seed: int = 0
-    bf16: bool | None = None  # None: where it is faster; a frozen LLM is kept in bf16 either way
+    bf16: bool | None = None  # None: where it is faster, which it is not on a CPU without AMX
     accumulate: int = 1  # shares of a batch, of `streams` or `text_rows` each
     chunks: tuple[int, ...] = (8, 16, 16, 16, 16, 32)
     aheads: tuple[int, ...] = (12,)  # frames of look-ahead; 12 are the default delay
@@ -102,14 +102,17 @@ def load_config(path: Path) -> JointConfig:
 class Bridge(torch.nn.Module):
     """The frozen ear and LLM with what is trained between and inside them."""
 
-    def __init__(self, cfg: JointConfig) -> None:
+    def __init__(self, cfg: JointConfig, *, bf16: bool = False) -> None:
+        """bf16: what is frozen is kept in it. Only where it is multiplied fast: a CPU without AMX
+        takes four times as long for a step with it."""
         super().__init__()
+        frozen = torch.bfloat16 if bf16 else torch.float32
         self.update = cfg.update
         self.pieces = CtcPieces.load(Path(cfg.pieces))
         self.encoder, self.ctc = load_ear(Path(cfg.ear), self.pieces.size)
-        self.encoder.bfloat16()
+        self.encoder.to(frozen)
         start = read_safetensors(Path(cfg.init)) if cfg.init else {}
-        self.llm, self.tokenizer = load_llm(cfg.llm, torch.bfloat16)
+        self.llm, self.tokenizer = load_llm(cfg.llm, frozen)
         self.adapters = self._take_llm(start, cfg)
         self.stop = torch.nn.Linear(self.llm.cfg.width, 1)
         torch.nn.init.zeros_(self.stop.weight)

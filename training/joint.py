@@ -53,7 +53,7 @@ class Trainer(Run):
     def __init__(self, cfg: JointConfig, place: Place = HERE) -> None:
         super().__init__(cfg.steps, cfg.ema, cfg.accumulate, place)
         torch.manual_seed(cfg.seed)
-        self.cfg, self.bridge = cfg, Bridge(cfg).to(place.device)
+        self.cfg, self.bridge = cfg, Bridge(cfg, bf16=place.bf16).to(place.device)
         self.ready(self.bridge.groups(cfg.lr, cfg.lr_llm))
         self.noise = Pack(Path(cfg.noise)) if cfg.noise else None
         self.sentences = Path(cfg.text).read_text().splitlines() if cfg.text else []

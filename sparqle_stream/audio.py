@@ -289,22 +289,38 @@ def _frames(
     import av
 
     packets = container.demux(stream)
-    problem = ""
+    problem, decoded_s = "", 0.0
     while True:
         try:
             packet = next(packets, None)
         except (av.FFmpegError, OSError) as err:  # OSError: from the disk, through our file object
             problem, packet = f"the file breaks off ({err.strerror})", None
         try:
-            yield from stream.decode(packet)
+            for frame in stream.decode(packet):
+                decoded_s += frame.samples / frame.sample_rate
+                yield frame
         except av.EOFError:  # the decoder was emptied by the last packet
             pass
         except av.FFmpegError as err:
             problem = f"some of it could not be decoded ({err.strerror})"
         if packet is None:
             break
-    if problem:
+    if problem := problem or _lacking(container, stream, decoded_s):
         logger.warning("%s: %s", path, problem)
+
+
+def _lacking(container: InputContainer, stream: AudioStream, decoded_s: float) -> str:
+    """What to say of a file that has less sound than its header promises; "" where all is well."""
+    if container.format.name == "aac":  # has no header: what it says is a guess from its size
+        return ""
+    said_s = 0.0
+    if stream.duration and stream.time_base:
+        said_s = float(stream.duration * stream.time_base)
+    elif container.duration and not container.streams.video:  # a film may outlast its sound
+        said_s = container.duration / 1e6
+    if decoded_s >= 0.95 * said_s - 0.5:
+        return ""
+    return f"the file says it has {said_s:.0f} s of sound and has {decoded_s:.0f}: is it whole?"
 
 
 def _frame_mono(frame: AudioFrame) -> Pcm:

@@ -247,7 +247,7 @@ def add_pictures(file: av.container.OutputContainer) -> None:
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_a_file_of_any_container_is_its_sound(name, tmp_path):
+def test_a_file_of_any_container_is_its_sound(name, tmp_path, caplog):
     """The tone comes back at its level and its start where it was (chirp: one best alignment)."""
     codec, rate_hz, layout = CODECS[name]
     at_s = np.arange(2 * rate_hz) / rate_hz
@@ -262,6 +262,7 @@ def test_a_file_of_any_container_is_its_sound(name, tmp_path):
     level = max(fit) / np.dot(want[4_000:28_000], want[4_000:28_000])
     assert level == pytest.approx(1, abs=0.02 if name != "a.mp3" else 0.07)  # LAME scales by 0.95
     assert audio.file_seconds(tmp_path / name) == pytest.approx(2, abs=0.1)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("block", [100, 1_000, 16_000, 100_000])
@@ -281,18 +282,33 @@ def test_a_file_equals_its_bytes_sent_as_packets(tmp_path):
     np.testing.assert_array_equal(audio.read_file(tmp_path / "a.wav"), sent)
 
 
+UNSURE = ("a.wav", "a.ogg")
+
+
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.webm"])
-def test_a_truncated_file_gives_what_is_there(name, tmp_path):
-    """Three fifths of the bytes: most of that sound comes out, equal to the whole file's start."""
+def test_a_truncated_file_gives_what_is_there(name, tmp_path, caplog):
+    """Three fifths of the bytes: most of that sound comes out, equal to the whole file's start.
+
+    A warning tells of it, except where the size is all that there is to know the length by.
+    """
     codec, rate_hz, layout = CODECS[name]
     noise = np.random.default_rng(1).uniform(-0.3, 0.3, 4 * rate_hz)
     encode(tmp_path / name, noise, codec, rate_hz, layout)
     raw = (tmp_path / name).read_bytes()
     whole = audio.read_file(tmp_path / name)
+    assert not caplog.records
     (tmp_path / name).write_bytes(raw[: len(raw) * 3 // 5])
     pcm = audio.read_file(tmp_path / name)
+    assert [name in record.message for record in caplog.records] == [True] * (name not in UNSURE)
     assert 0.3 * len(whole) < len(pcm) < 0.7 * len(whole)
     np.testing.assert_allclose(pcm[:16_000], whole[:16_000], atol=1e-6)
+
+
+def test_a_film_may_outlast_its_sound(tmp_path, caplog):
+    """Pictures for 2 s, sound for half a second: nothing is missing."""
+    encode(tmp_path / "a.mp4", tone(440, 48_000, 1)[:24_000], *CODECS["a.mp4"])
+    assert len(audio.read_file(tmp_path / "a.mp4")) < 16_000
+    assert not caplog.records
 
 
 def test_damage_inside_a_file_costs_only_what_was_damaged(tmp_path, caplog):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -104,19 +104,7 @@ def parse(options: Mapping[str, str]) -> tuple[Namespace, Scale]:
 
 def server_config(args: Namespace) -> server.ServerConfig:
     """Ray's proxies listen for others than this machine: that needs a key, or `insecure=true`."""
-    return server.ServerConfig(
-        host="0.0.0.0",
-        api_key=args.api_key,
-        api_keys=server.keys_of(args.key_file),
-        insecure=args.insecure,
-        allow_origins=tuple(args.allow_origin),
-        streams_per_key=args.streams_per_key,
-        max_stream_s=args.max_stream_s,
-        frames_per_s=args.frames_per_s,
-        idle_s=args.idle_s,
-        drain_s=args.drain_s,
-        defaults=cli.stream_options(args),
-    )
+    return replace(cli.server_config(args), host="0.0.0.0")
 
 
 def application(

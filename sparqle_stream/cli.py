@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sparqle_stream.captioning import CaptionStream, OnEvent
     from sparqle_stream.engine import Engine
     from sparqle_stream.outputs import Outputs
+    from sparqle_stream.server import ServerConfig
 
     OpenStream = Callable[[OnEvent], CaptionStream]
     # A way to open streams, and the seconds of audio that one may have waiting (0: unknown).
@@ -373,11 +374,11 @@ def demo_clip() -> tuple[Path, str]:
     return clip, str(json.loads((assets / "demo_source.json").read_text())["source"])
 
 
-def _serve(args: Namespace) -> int:
+def server_config(args: Namespace) -> ServerConfig:
+    """The settings of `serve` -> those of a server. Raises ConfigError for keys it cannot read."""
     from sparqle_stream import server
-    from sparqle_stream.server import logs
 
-    cfg = server.ServerConfig(
+    return server.ServerConfig(
         host=args.host,
         port=args.port,
         api_key=args.api_key,
@@ -394,6 +395,13 @@ def _serve(args: Namespace) -> int:
         drain_s=args.drain_s,
         defaults=stream_options(args),
     )
+
+
+def _serve(args: Namespace) -> int:
+    from sparqle_stream import server
+    from sparqle_stream.server import logs
+
+    cfg = server_config(args)
     server.check(cfg)
     if args.log == "json":
         logs.use_json()

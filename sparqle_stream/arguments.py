@@ -276,6 +276,12 @@ def _model(parser: Parser) -> None:
         help="what computes the model: ONNX Runtime, which auto takes on a CPU, or torch"
         " (default %(default)s)",
     )
+    add(
+        "--no-cuda-graphs",
+        action="store_true",
+        help="with --compute cuda: launch kernel by kernel instead of replaying captured steps;"
+        " slower, for finding out what goes wrong",
+    )
 
 
 def _microphone(parser: Parser) -> None:

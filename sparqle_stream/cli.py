@@ -154,6 +154,7 @@ def engine_config(args: Namespace, n_slots: int = 1) -> EngineConfig:
         dtype=args.dtype,
         compute=args.compute,
         backend=args.backend,
+        cuda_graphs=not args.no_cuda_graphs,
     )
 
 
@@ -182,6 +183,7 @@ def load_engine(args: Namespace, n_slots: int = 1) -> Engine:
             dtype=args.dtype,
             device=args.compute,
             backend=args.backend,
+            cuda_graphs=cfg.cuda_graphs,
         )
     tasks.require(tasks.name_of(args.task, args.to), model.cfg.tasks)
     return Engine(model, cfg)

@@ -288,5 +288,6 @@ class EngineConfig:
     dtype: str = "auto"  # one of DTYPES; the engine takes the model as it was loaded
     compute: str = "cpu"  # cpu | cuda
     backend: str = "auto"  # one of BACKENDS, likewise
+    cuda_graphs: bool = True  # likewise
     backlog_s: float = 30.0  # audio a stream may have waiting
     context_words: int = 8  # words carried into the next segment as text

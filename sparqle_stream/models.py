@@ -57,17 +57,21 @@ def load(
     dtype: str = "auto",
     device: str = "cpu",
     backend: str = "auto",
+    cuda_graphs: bool = True,
 ) -> Model:
     """A model by name or folder with its LLM (by name, file or folder), ready on `device`.
 
     dtype: 'int8' (of all large matrices) or 'float32' on the ONNX backend, 'float32' or 'bfloat16'
-    on torch. Raises ConfigError for what does not go together, ModelError for files that are
+    on torch. cuda_graphs: whether steps on CUDA are captured and replayed, or launched kernel by
+    kernel. Raises ConfigError for what does not go together, ModelError for files that are
     missing or wrong.
     """
     is_random = str(name_or_path) == RANDOM_TINY
     backend, dtype = choose(backend, dtype, device, is_random=is_random)
     if backend == "torch":
-        return _load_torch(name_or_path, llm, dtype, device)
+        loaded = _load_torch(name_or_path, llm, dtype, device)
+        loaded.is_captured = cuda_graphs and loaded.device.type == "cuda"
+        return loaded
     from sparqle_stream.onnx_cpu import model
 
     if (Path(name_or_path) / INDEX).is_file():

@@ -49,10 +49,11 @@ class SparqleModel:
     name: str
     weights_hash: str  # of the files of model and LLM
     device: torch.device
+    is_captured: bool = False  # whether steps are replayed as CUDA graphs
     is_shared: bool = False  # its kernels take all cores, or the one device there is
 
     def make_stages(self, n_rows: int) -> TorchStages:
-        return TorchStages(self, n_rows, CudaCapture() if self.device.type == "cuda" else None)
+        return TorchStages(self, n_rows, CudaCapture() if self.is_captured else None)
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of each stage that one row reads; of `vocabulary` for all logits."""

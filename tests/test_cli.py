@@ -135,6 +135,8 @@ def test_print_config_shows_what_options_and_variables_come_to(run):
     assert config["stream"]["vad"]["kind"] == "webrtc"  # a variable beats the default
     assert config["engine"]["n_slots"] == 1
     assert json.loads(run("serve", "--print-config", "--slots", "3").out)["engine"]["n_slots"] == 3
+    engine = json.loads(run("--no-cuda-graphs", "--print-config").out)["engine"]
+    assert engine["cuda_graphs"] is False
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparqle_stream import artifacts, models, weights
+from sparqle_stream import artifacts, models, testing, torch_model, weights
 from sparqle_stream.config import ModelConfig
 from sparqle_stream.config_json import config_from_json
 from sparqle_stream.errors import ConfigError, ModelError
@@ -175,6 +175,22 @@ def test_a_random_model_by_name():
     model = models.load("random:tiny")
     assert model.weights_hash == "seed-0"
     assert model.llm.layers[0].attn.qkv_proj is not None
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "is_captured"),
+    [("cuda", {}, True), ("cuda", {"cuda_graphs": False}, False), ("cpu", {}, False)],
+)
+def test_steps_are_captured_on_cuda_unless_told_not_to(monkeypatch, device, wanted, is_captured):
+    """Without a GPU: only who would capture is looked at."""
+    model = testing.tiny_model()
+    model.device = torch.device(device)
+    monkeypatch.setattr(models, "_load_torch", lambda *_: model)
+    made = []
+    monkeypatch.setattr(torch_model, "TorchStages", lambda *args: made.append(args[2]))
+    monkeypatch.setattr(torch_model, "CudaCapture", lambda: "a capture")
+    models.load("random:tiny", device=device, **wanted).make_stages(1)
+    assert made == ["a capture" if is_captured else None]
 
 
 def test_weights_hash_follows_every_file(written, folder, tmp_path):

@@ -40,6 +40,7 @@ from bench import (
     references,
     scoring,
     settings,
+    writing,
 )
 from bench.captioned import Captioned, caption, hear, warm_up
 from bench.captioned import timing as timing_of
@@ -176,6 +177,7 @@ def _speech(
         "delays_stream_time": delays.summary(),
         "word_times_from": "the engine's CTC path",
         "words_with_unsure_end": delays.n_unsure,
+        "writing": writing.summary((c.recording.text, c.text) for c in captioned),
     }
     if with_ctc:
         heard = [scorer.score(c.recording.text, c.heard) for c in captioned]

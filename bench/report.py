@@ -49,6 +49,9 @@ time from the end of a word to the audio that had been heard when it left, *end 
 from the end of a segment's last word to its last final; both are stream time, which no machine
 changes, and word ends are those of the engine's own CTC path (40 ms), not of an aligner."""
 
+WRITING_NOTES = """Over the words that captions and reference share, where the reference has
+capitals and punctuation; a pause (comma, dash) and the end of a sentence are marks of two kinds."""
+
 LATENCY_NOTES = """Recordings played in 20 ms packets, one stream. *Emission* is counted from the
 end of a word: the engine's own, or, for words that were written as said, that of a forced
 alignment. *Heard* is stream time (what had to be heard before a word could leave), *clock* has the
@@ -108,6 +111,9 @@ def _accuracy(results: Sequence[tuple[str, Json]], machines: Machines) -> list[s
             "Every word that is shown where nobody speaks is false.",
             table("set | settings | files | minutes | false words | a minute | run", noise),
         ]
+    if written := [_writing_row(name, r, s) for name, r, s in sets if _writing(s)]:
+        head = "set | settings | words | capitals: precision, recall | marks: precision, recall"
+        parts += ["### Capitals and punctuation", WRITING_NOTES, table(f"{head} | run", written)]
     parts += ["### Runs of accuracy", table(_RUN_HEAD, [_run_row(*r, machines) for r in results])]
     parts += [_speakers(name, s) for name, _, s in sets if len(_speakers_of(s)) > 1]
     parts += report_conditions.conditions(results)
@@ -147,6 +153,26 @@ def _noise_row(name: str, result: Json, of_set: Json) -> list[str]:
         f"{noise['minutes']:.1f}",
         str(noise["false_words"]),
         f"**{number(noise['false_words_per_minute'], 2)}**",
+        f"`{name}`",
+    ]
+
+
+def _writing(of_set: Json) -> Json | None:
+    found: Json | None = of_set.get("speech", {}).get("writing")
+    return found
+
+
+def _writing_row(name: str, result: Json, of_set: Json) -> list[str]:
+    found = _writing(of_set) or {}
+    return [
+        _source(of_set),
+        settings(result),
+        str(found["words"]),
+        *(
+            f"{found[f'{what}_precision_percent']}, {found[f'{what}_recall_percent']} %"
+            f" of {found[f'{what}s']}"
+            for what in ("capital", "mark")
+        ),
         f"`{name}`",
     ]
 

@@ -109,6 +109,7 @@ def test_the_page_can_be_made_of_the_result(tiny, idle, speech, noise):
     figures = result["sets"][0]["speech"]
     assert f"**{figures['wer_percent']:.1f}**" in page
     assert f"| {figures['greedy_ctc']['wer_percent']:.1f} |" in page
+    assert figures["writing"] is None  # references in small letters
 
 
 class BrokenBatch(testing.OracleBatch):

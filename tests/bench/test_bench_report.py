@@ -55,6 +55,16 @@ SPEECH = COUNTS | {
     "delays_stream_time": DELAYS,
     "words_with_unsure_end": 0,
     "greedy_ctc": COUNTS | {"wer_percent": 35.5},
+    "writing": None,
+}
+WRITING = {
+    "words": 93,
+    "capitals": 31,
+    "capital_precision_percent": 91,
+    "capital_recall_percent": 83,
+    "marks": 17,
+    "mark_precision_percent": 64,
+    "mark_recall_percent": 46,
 }
 NOISE = {"minutes": 12.0, "false_words": 18, "false_words_per_minute": 1.5}
 
@@ -122,6 +132,16 @@ def test_figures_of_accuracy_are_on_the_page():
     assert (revisions, streams, audio) == ("0", "4", "10.0 min")
     assert (rtf, rtfx, memory) == ("0.123", "15.2", "801 MB")
     assert (weights, commit, machine) == ("`feedbeef0011`", "`0123456789ab`", "A")
+
+
+def test_capitals_and_marks_are_on_the_page_where_a_reference_has_them():
+    result = copy.deepcopy(ACCURACY)
+    assert "Capitals" not in report.render([("r.json", result)])
+    result["sets"][0]["speech"]["writing"] = WRITING
+    page = report.render([("r.json", result)])
+    assert ["93", "91, 83 % of 31", "64, 46 % of 17", "`r.json`"] in [
+        row[2:] for row in rows(page, "test/read")
+    ]
 
 
 def test_speakers_are_listed_from_the_best_to_the_worst():

@@ -232,7 +232,6 @@ def _task(parser: Parser) -> None:
 
 
 def _model(parser: Parser) -> None:
-    default = EngineConfig()
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
     add(
@@ -248,6 +247,11 @@ def _model(parser: Parser) -> None:
         metavar="PATH|NAME",
         help="language model instead of the one that the model names",
     )
+    _machine(group)
+
+
+def _machine(group: argparse._ArgumentGroup) -> None:
+    default, add = EngineConfig(), group.add_argument
     add(
         "--threads",
         type=int,

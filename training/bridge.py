@@ -103,8 +103,8 @@ class Bridge(torch.nn.Module):
     """The frozen ear and LLM with what is trained between and inside them."""
 
     def __init__(self, cfg: JointConfig, *, bf16: bool = False) -> None:
-        """bf16: what is frozen is kept in it. Only where it is multiplied fast: a CPU without AMX
-        takes four times as long for a step with it."""
+        """bf16: what is frozen is kept in it. Only where it is multiplied fast: on a CPU
+        without AVX-512 a step took ten times as long with it."""
         super().__init__()
         frozen = torch.bfloat16 if bf16 else torch.float32
         self.update = cfg.update

@@ -25,7 +25,13 @@ from sparqle_stream.config import CtcConfig, ModelConfig, QFormerConfig, WriterC
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.onnx_cpu.settings import DEFAULT_DTYPE, DTYPES
 from sparqle_stream.tasks import TRANSCRIBE, name_of
-from sparqle_stream.weights import in_eight_bits, part, read_safetensors, whisper_config
+from sparqle_stream.weights import (
+    expanded,
+    in_eight_bits,
+    part,
+    read_safetensors,
+    whisper_config,
+)
 from training.errors import reported
 from training.lora import LORA_SCALE
 
@@ -61,7 +67,7 @@ def export(
             "with a lexicon only what was said can be written", hint="leave --words out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    heard, trained = read_safetensors(ear), read_safetensors(bridge)
+    heard, trained = expanded(read_safetensors(ear)), read_safetensors(bridge)
     cfg = replace(shapes(heard, trained), name=out.name, tasks=tasks, writer=writer)
     encoder = {name: value for name, value in heard.items() if name.startswith("encoder.")}
     head = {name: value for name, value in heard.items() if name.startswith("ctc.")}

@@ -100,6 +100,28 @@ def test_a_folder_holds_every_part_once(tmp_path, kind):
     assert CtcPieces.load(out / "pieces.json").encode("the cat") == pieces.encode("the cat")
 
 
+def test_an_exported_ear_can_be_exported_again(tmp_path):
+    """As when only the bridge is new: what is in 8 bits stays what it is."""
+    pieces = train_pieces(["the cat sat on the mat"], 36, tmp_path / "pieces.json")
+    gen = torch.Generator().manual_seed(0)
+    ear = {
+        "encoder.conv1.weight": torch.randn(512, 80, 3, generator=gen),
+        **{f"encoder.blocks.{i}.out.bias": torch.zeros(512) for i in range(6)},
+        "ctc.hidden.bias": torch.zeros(512),
+        "ctc.out.bias": torch.zeros(pieces.size),
+    }
+    save_file(ear, tmp_path / "ear.safetensors")
+    bridge = {"qformer.out.weight": torch.zeros(576, 512), "qformer.queries": torch.ones(2, 4)}
+    save_file(bridge, tmp_path / "bridge.safetensors")
+    parts = (tmp_path / "bridge.safetensors", tmp_path / "pieces.json", None, WriterConfig())
+    export(tmp_path / "first", tmp_path / "ear.safetensors", *parts)
+    export(tmp_path / "again", tmp_path / "first" / "ear.safetensors", *parts)
+    first, again = (load_file(tmp_path / x / "ear.safetensors") for x in ("first", "again"))
+    assert first.keys() == again.keys()
+    assert torch.equal(first["encoder.conv1.weight"], again["encoder.conv1.weight"])
+    assert all(torch.allclose(first[name].float(), again[name].float()) for name in first)
+
+
 def test_a_lexicon_goes_with_transcription_only(tmp_path):
     """Beside it only heard words can be written: a translation would never come."""
     some = tmp_path / "x"

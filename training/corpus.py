@@ -8,16 +8,17 @@ Decoding compressed audio once makes an epoch cheap and keeps training free of c
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparqle_stream.errors import AudioFormatError
+from sparqle_stream.errors import AudioFormatError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import BinaryIO
 
     from av import AudioFrame
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from training.manifests import Recording
 
 SAMPLE_RATE_HZ = 16_000
+AUDIO, INDEX = "audio.i16", "index.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,8 @@ class Pack:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.samples: NDArray[np.int16] = np.memmap(folder / "audio.i16", np.int16, mode="r")
-        lines = (folder / "index.jsonl").read_text().splitlines()
+        self.samples: NDArray[np.int16] = np.memmap(folder / AUDIO, np.int16, mode="r")
+        lines = (folder / INDEX).read_text().splitlines()
         self.clips = [Clip(**json.loads(line)) for line in lines]
 
     def pcm(self, clip: Clip) -> NDArray[np.float32]:
@@ -62,13 +66,35 @@ class Pack:
 
 
 class PackWriter:
-    """Appends clips to a pack; the index is written clip by clip, so a killed run can be seen."""
+    """Writes a pack, as a context manager: it has its name once it is whole, until then `.part`.
 
-    def __init__(self, folder: Path) -> None:
+    What a run that was killed has written is gone on with by `resume`: `last_id` is its last clip.
+    Raises ConfigError where there is a pack already: runs may have it mapped.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool = False) -> None:
+        self.folder = folder
+        if (folder / INDEX).exists():
+            raise ConfigError(f"there is a pack in {folder}", hint="name another folder, or rm it")
         folder.mkdir(parents=True, exist_ok=True)
-        self._audio = (folder / "audio.i16").open("wb")
-        self._index = (folder / "index.jsonl").open("w")
-        self._n_samples = 0
+        audio, index = folder / f"{AUDIO}.part", folder / f"{INDEX}.part"
+        clips = _whole_clips(audio, index) if resume else []
+        self.last_id = clips[-1].id if clips else ""
+        self._n_samples = sum(clip.length for clip in clips)
+        self._index = index.open("w")
+        self._index.writelines(json.dumps(asdict(clip)) + "\n" for clip in clips)
+        self._audio = audio.open("ab")
+        self._audio.truncate(2 * self._n_samples)
+
+    def __enter__(self) -> PackWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._audio.close()
+        self._index.close()
+        if kind is None:
+            for name in (AUDIO, INDEX):  # the index last: with it a pack is whole
+                (self.folder / f"{name}.part").replace(self.folder / name)
 
     def add(
         self, pcm: NDArray[np.int16], targets: dict[str, str] | None = None, **facts: str
@@ -79,9 +105,27 @@ class PackWriter:
         self._index.write(json.dumps(asdict(clip)) + "\n")
         self._n_samples += len(pcm)
 
-    def close(self) -> None:
-        self._audio.close()
-        self._index.close()
+
+def _whole_clips(audio: Path, index: Path) -> list[Clip]:
+    """The first clips of an unfinished pack that are there to their last sample."""
+    if not (audio.exists() and index.exists()):
+        return []
+    n_samples, clips = audio.stat().st_size // 2, []
+    for line in index.read_text().splitlines():
+        try:
+            clip = Clip(**json.loads(line))
+        except ValueError:  # it was killed in the middle of the line
+            break
+        if clip.start + clip.length > n_samples:
+            break
+        clips.append(clip)
+    return clips
+
+
+def after(recordings: Sequence[Recording], last_id: str) -> Sequence[Recording]:
+    """Those behind the last one with that id: what a run that was killed had still to do."""
+    ids = [one.id for one in recordings]
+    return recordings[len(ids) - ids[::-1].index(last_id) :] if last_id in ids else recordings
 
 
 def decode_file(file: Path | BinaryIO) -> NDArray[np.int16]:
@@ -110,11 +154,24 @@ def _samples(frame: AudioFrame) -> NDArray[np.int16]:
 
 
 def decode_all(recordings: Iterable[Recording]) -> Iterator[tuple[Recording, NDArray[np.int16]]]:
-    """Each recording with its PCM (S,); a file of which several parts follow is decoded once."""
-    path, whole = None, np.zeros(0, np.int16)
+    """Each recording with its PCM (S,); a file of which several parts follow is decoded once.
+
+    A file that cannot be decoded is left out with a warning; when it is the first one, they are
+    probably all like that, and AudioFormatError is raised.
+    """
+    path, whole, is_any = None, np.zeros(0, np.int16), False
     for one in recordings:
         if one.path != path:
-            path, whole = one.path, decode_file(one.path)
+            path = one.path
+            try:
+                whole, is_any = decode_file(one.path), True
+            except AudioFormatError as err:
+                if not is_any:
+                    raise
+                logger.warning("left out: %s", err.message)
+                whole = np.zeros(0, np.int16)
+        if not len(whole):
+            continue
         start = round(one.start_s * SAMPLE_RATE_HZ)
         n = len(whole) if one.seconds is None else round(one.seconds * SAMPLE_RATE_HZ)
         yield one, whole[start : start + n]

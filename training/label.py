@@ -24,7 +24,7 @@ from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.word_beam import WordBeam
 from training import manifests
 from training.align import viterbi
-from training.corpus import PackWriter, decode_all
+from training.corpus import Pack, PackWriter, after, decode_all
 from training.errors import reported
 from training.hearing import load_ear, posteriors
 
@@ -87,27 +87,30 @@ def main() -> None:
     parser.add_argument(
         "--least", type=float, default=LEAST_SCORE, help="sureness of a label (default %(default)s)"
     )
+    parser.add_argument("--resume", action="store_true", help="go on where it was killed")
     args = parser.parse_args()
-    n, seconds = 0, 0.0
     with reported():
         pieces = CtcPieces.load(args.pieces)
         lexicon = Lexicon.load(args.words, pieces)
         todo = [one for source in args.sources for one in manifests.read(source)[1]]
-        writer = PackWriter(args.out)
-        found = label(todo, args.ear, pieces, lexicon)
-        for one, pcm, text, score in tqdm(found, "label", len(todo), unit="clip", disable=None):
-            if score >= args.least:
-                writer.add(
-                    pcm,
-                    id=one.id,
-                    text=text,
-                    speaker=one.speaker,
-                    corpus=one.corpus,
-                    licence=one.licence,
-                )
-                n, seconds = n + 1, seconds + len(pcm) / 16_000
-        writer.close()
-    print(f"{n} of {len(todo)} recordings, {seconds / 3600:.2f} h -> {args.out}")
+        with PackWriter(args.out, resume=args.resume) as writer:
+            left = after(todo, writer.last_id)
+            found = label(left, args.ear, pieces, lexicon)
+            n_done = len(todo) - len(left)
+            bar = tqdm(found, "label", len(todo), initial=n_done, unit="clip", disable=None)
+            for one, pcm, text, score in bar:
+                if score >= args.least:
+                    writer.add(
+                        pcm,
+                        id=one.id,
+                        text=text,
+                        speaker=one.speaker,
+                        corpus=one.corpus,
+                        licence=one.licence,
+                    )
+        clips = Pack(args.out).clips
+    hours = sum(clip.seconds for clip in clips) / 3600
+    print(f"{len(clips)} of {len(todo)} recordings, {hours:.2f} h -> {args.out}")
 
 
 if __name__ == "__main__":

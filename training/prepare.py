@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sparqle_stream.weights import import_whisper
 from training import manifests
-from training.corpus import Pack, PackWriter, decode_all
+from training.corpus import Pack, PackWriter, after, decode_all
 from training.errors import reported
 from training.synth import sentences_of, speak
 from training.text import is_spelled_out, train_pieces
@@ -27,11 +27,12 @@ FACTS = ("id", "text", "speaker", "corpus", "licence")
 
 def pack(args: argparse.Namespace) -> None:
     found = [one for source in args.sources for one in manifests.read(source)[1]]
-    writer = PackWriter(args.out)
-    for one, pcm in decode_all(tqdm(found, desc="decode", unit="clip")):
-        facts = {key: getattr(one, key) for key in FACTS}
-        writer.add(pcm, targets=dict(one.targets), **facts)
-    writer.close()
+    with PackWriter(args.out, resume=args.resume) as writer:
+        left = after(found, writer.last_id)
+        bar = tqdm(left, "decode", len(found), initial=len(found) - len(left), unit="clip")
+        for one, pcm in decode_all(bar):
+            facts = {key: getattr(one, key) for key in FACTS}
+            writer.add(pcm, targets=dict(one.targets), **facts)
 
 
 def text(args: argparse.Namespace) -> None:
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="folders with manifest.jsonl, LibriSpeech or lhotse's manifests; or cuts.jsonl[.gz]",
     )
+    one.add_argument("--resume", action="store_true", help="go on where it was killed")
     one.set_defaults(run=pack)
     one = commands.add_parser("text", help="books to sentences")
     one.add_argument("out", type=Path)

@@ -113,9 +113,9 @@ def speak(sentences: list[str], out: Path, hours: float, seed: int = 0) -> float
         raise SystemExit("error: no synthesizer found\nhint: apt-get install flite espeak-ng")
     rng = random.Random(seed)
     rng.shuffle(sentences)
-    writer, done_s = PackWriter(out), 0.0
+    done_s = 0.0
     bar = tqdm(total=round(hours * 3600), unit="s", desc="synth")
-    with tempfile.TemporaryDirectory() as tmp:
+    with PackWriter(out) as writer, tempfile.TemporaryDirectory() as tmp:
         wav = Path(tmp) / "a.wav"
         for i, sentence in enumerate(sentences):
             if done_s >= hours * 3600:
@@ -137,5 +137,4 @@ def speak(sentences: list[str], out: Path, hours: float, seed: int = 0) -> float
             )
             done_s += len(pcm) / SAMPLE_RATE_HZ
             bar.update(round(len(pcm) / SAMPLE_RATE_HZ))
-    writer.close()
     return done_s / 3600

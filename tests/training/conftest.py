@@ -54,11 +54,11 @@ def files(tmp_path):
     weights = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     weights |= {f"ctc.{k}": v for k, v in head.state_dict().items()}
     save_file(weights, tmp_path / "ear.safetensors")
-    rng, writer = np.random.default_rng(0), PackWriter(tmp_path / "pack")
-    for i, text in enumerate(TEXTS):
-        pcm = rng.integers(-3000, 3000, 12_000, dtype=np.int16)
-        writer.add(pcm, id=str(i), text=text, speaker="s", corpus="c", licence="l")
-    writer.close()
+    rng = np.random.default_rng(0)
+    with PackWriter(tmp_path / "pack") as writer:
+        for i, text in enumerate(TEXTS):
+            pcm = rng.integers(-3000, 3000, 12_000, dtype=np.int16)
+            writer.add(pcm, id=str(i), text=text, speaker="s", corpus="c", licence="l")
     return SimpleNamespace(
         ear=str(tmp_path / "ear.safetensors"),
         pieces=str(tmp_path / "pieces.json"),

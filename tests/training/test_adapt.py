@@ -39,11 +39,10 @@ def pieces(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("pack"), np.random.default_rng(0)
-    writer = PackWriter(folder)
-    for i, text in enumerate([*TEXTS, "in 1984"]):
-        pcm = rng.integers(-3000, 3000, 9_600, dtype=np.int16)
-        writer.add(pcm, id=str(i), text=text, speaker="s", corpus="c", licence="l")
-    writer.close()
+    with PackWriter(folder) as writer:
+        for i, text in enumerate([*TEXTS, "in 1984"]):
+            pcm = rng.integers(-3000, 3000, 9_600, dtype=np.int16)
+            writer.add(pcm, id=str(i), text=text, speaker="s", corpus="c", licence="l")
     return folder
 
 

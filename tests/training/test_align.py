@@ -147,11 +147,10 @@ def spelled(pieces, monkeypatch, tmp_path):
     from training.corpus import PackWriter
 
     log_probs, ends = say(pieces, [("the", 3), ("dogs", 3), ("sat", 3)], pieces.size)
-    writer = PackWriter(tmp_path)
-    for name, text in (("right", "The dogs sat."), ("wrong", "off exulting"), ("none", "")):
-        facts = {"speaker": "s", "corpus": "c", "licence": "l"}
-        writer.add(np.zeros(640 * len(log_probs), np.int16), id=name, text=text, **facts)
-    writer.close()
+    with PackWriter(tmp_path) as writer:
+        for name, text in (("right", "The dogs sat."), ("wrong", "off exulting"), ("none", "")):
+            facts = {"speaker": "s", "corpus": "c", "licence": "l"}
+            writer.add(np.zeros(640 * len(log_probs), np.int16), id=name, text=text, **facts)
     monkeypatch.setattr(hearing, "load_ear", lambda path, n_pieces: (None, None))
     heard = torch.from_numpy(log_probs)
     monkeypatch.setattr(

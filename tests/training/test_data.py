@@ -21,13 +21,12 @@ SECONDS = [0.5, 0.8, 1.1, 1.7, 2.2]
 
 def write_pack(folder, lengths, seed=0, text="clip"):
     rng = np.random.default_rng(seed)
-    writer = PackWriter(folder)
-    for i, n in enumerate(lengths):
-        pcm = rng.integers(-8000, 8000, n, dtype=np.int16)
-        pcm[[0, -1]] = 8000  # its borders can be found again
-        facts = {"speaker": "s", "corpus": "c", "licence": "l"}
-        writer.add(pcm, id=f"{folder.name}-{i}", text=f"{text} {i}", **facts)
-    writer.close()
+    with PackWriter(folder) as writer:
+        for i, n in enumerate(lengths):
+            pcm = rng.integers(-8000, 8000, n, dtype=np.int16)
+            pcm[[0, -1]] = 8000  # its borders can be found again
+            facts = {"speaker": "s", "corpus": "c", "licence": "l"}
+            writer.add(pcm, id=f"{folder.name}-{i}", text=f"{text} {i}", **facts)
     return Pack(folder)
 
 

@@ -40,11 +40,10 @@ def ear(tmp_path):
 @pytest.fixture
 def pack(tmp_path):
     rng = np.random.default_rng(0)
-    writer = PackWriter(tmp_path / "pack")
-    for i in range(4):
-        pcm = rng.integers(-3000, 3000, 9_600, dtype=np.int16)
-        writer.add(pcm, id=str(i), text="", speaker="s", corpus="c", licence="l")
-    writer.close()
+    with PackWriter(tmp_path / "pack") as writer:
+        for i in range(4):
+            pcm = rng.integers(-3000, 3000, 9_600, dtype=np.int16)
+            writer.add(pcm, id=str(i), text="", speaker="s", corpus="c", licence="l")
     return tmp_path / "pack"
 
 

@@ -168,11 +168,10 @@ def test_files_and_transcripts_count_as_often_as_asked(tmp_path):
     book, talk = tmp_path / "book.txt", tmp_path / "talk-1.txt"
     book.write_text("The Cat sat.\n\nMr. Cat!\n")
     talk.write_text("The mouse")
-    writer = PackWriter(tmp_path / "pack")
-    for i, text in enumerate(["A dog ran", "it is 5 o'clock"]):  # digits are not spelled out
-        facts = {"speaker": "s", "corpus": "c", "licence": "l"}
-        writer.add(np.zeros(160, np.int16), id=str(i), text=text, **facts)
-    writer.close()
+    with PackWriter(tmp_path / "pack") as writer:
+        for i, text in enumerate(["A dog ran", "it is 5 o'clock"]):  # digits are not spelled out
+            facts = {"speaker": "s", "corpus": "c", "licence": "l"}
+            writer.add(np.zeros(160, np.int16), id=str(i), text=text, **facts)
     corpus = read([book, talk], [tmp_path / "pack"], 2.0, [("*", 1.0), ("talk-*", 0.25)])
     assert [part.weight for part in corpus.parts] == [1.0, 0.25, 2.0]
     words = corpus.words(99, 0)

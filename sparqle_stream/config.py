@@ -236,7 +236,11 @@ class WriterConfig:
 
     llm_weight: float = 0.15  # of the LLM's log-probability beside what was heard
     stop_threshold: float = 0.5  # without a lexicon: probability above which a chunk's text ends
-    mark_odds: float = 3.0  # log-odds against stopping that punctuation takes
+    mark_odds: float = 3.0  # log-odds against stopping that punctuation takes where no word is due
+    mark_margin: float = 0.0  # by which its logit must beat that of a word that is due
+    case_margin: float = (
+        0.0  # likewise a capital within a sentence, a small letter at its beginning
+    )
     quiet_frames: int = 8  # of CTC (40 ms) without a piece, after which a word is over
     sure: float = 0.8  # share of the readings' probability that a word needs ...
     patience_frames: int = 20  # ... unless it is as old as this, in frames of CTC

@@ -99,10 +99,19 @@ class Hearing:
 
         return [said.word.text for said in itertools.takewhile(is_due, course)]
 
-    def forms(self, word: str) -> list[list[int]]:
-        """Tokens of a word as it is and with a capital."""
+    def forms(self, word: str, *, is_first: bool | None = None) -> list[tuple[list[int], bool]]:
+        """Tokens of a word as it is and with a capital, and whether it is usual here to write so.
+
+        is_first: whether the word begins a sentence; as the text stands, if that is not said.
+        """
+        has_capital = self.is_beginning if is_first is None else is_first
         capital = word[:1].upper() + word[1:]
-        return [self.tokenizer.encode(f" {text}") for text in dict.fromkeys((word, capital))]
+        if capital == word:
+            return [(self.tokenizer.encode(f" {word}"), True)]
+        return [
+            (self.tokenizer.encode(f" {word}"), not has_capital),
+            (self.tokenizer.encode(f" {capital}"), has_capital),
+        ]
 
     def marks(self) -> list[int]:
         """Tokens of the punctuation that may follow."""
@@ -123,8 +132,8 @@ class Joint:
     n_delay: int  # CTC frames before the chunk's end after which no word is due
     is_last: bool = False  # the segment ends with this chunk: everything is due
     n_written: int = 0
-    # What the next word may be, in each of its forms; and the punctuation before it.
-    _due: list[tuple[Candidate, list[int]]] = field(default_factory=list)
+    # What the next word may be, in each of its forms, with its handicap; the punctuation before it.
+    _due: list[tuple[Candidate, list[int], float]] = field(default_factory=list)
     _marks: list[int] = field(default_factory=list)
     _is_known: bool = False  # whether both are of now
 
@@ -146,7 +155,12 @@ class Joint:
     def _look(self) -> None:
         hearing = self.hearing
         due = hearing.due(self.n_delay, is_last=self.is_last)
-        self._due = [(c, form) for c in due for form in hearing.forms(c.word.text) if form]
+        self._due = [
+            (said, form, 0.0 if is_usual else hearing.cfg.case_margin)
+            for said in due
+            for form, is_usual in hearing.forms(said.word.text)
+            if form
+        ]
         self._marks = hearing.marks()
         self._is_known = True
 
@@ -154,12 +168,15 @@ class Joint:
         """The words that are due without punctuation, and without capitals but the first's."""
         hearing = self.hearing
         words = hearing.expected(self.n_delay, is_last=self.is_last)
-        forms = [hearing.forms(word) for word in words]
-        return [form[-1 if hearing.is_beginning and not i else 0] for i, form in enumerate(forms)]
+        forms = [
+            hearing.forms(word, is_first=hearing.is_beginning and not i)
+            for i, word in enumerate(words)
+        ]
+        return [next(tokens for tokens, is_usual in form if is_usual) for form in forms]
 
     def suggest(self) -> list[int]:
         """First tokens of all that could be written next."""
-        return [form[0] for _, form in self._due] + self._marks
+        return [form[0] for _, form, _ in self._due] + self._marks
 
     def pick(self, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
         hearing, of = self.hearing, dict(zip(ids, scores, strict=True))
@@ -168,13 +185,13 @@ class Joint:
         if not self._due:
             return self._write_mark(mark)
 
-        def score(found: tuple[Candidate, list[int]]) -> float:
-            said, form = found
-            llm = of[form[0]] + hearing.rest_score(said.word.text, form[0])
+        def score(found: tuple[Candidate, list[int], float]) -> float:
+            said, form, handicap = found
+            llm = of[form[0]] + hearing.rest_score(said.word.text, form[0]) - handicap
             return said.score + hearing.cfg.llm_weight * llm
 
-        said, form = max(self._due, key=score)
-        if mark is not None and of[mark] > of[form[0]]:
+        said, form, _ = max(self._due, key=score)
+        if mark is not None and of[mark] > of[form[0]] + hearing.cfg.mark_margin:
             return self._write_mark(mark)
         if self.n_written and self.n_written + len(form) > self.n_most:
             return []  # the next chunk may write it

@@ -121,6 +121,29 @@ def test_an_unsure_word_waits_for_what_is_said_next_but_not_for_ever(vocabulary,
     assert len(write_all(ended, vocabulary, {})) == 3
 
 
+def test_punctuation_must_beat_the_word_by_its_margin(vocabulary, lexicon):
+    odds = {" cat": 2.0, " sat": 2.0, ",": 3.0}
+    for margin, written in ((0.0, [" cat", ",", " sat"]), (1.5, [" cat", " sat"])):
+        h = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat"))
+        h.cfg = replace(CFG, mark_margin=margin)
+        assert write_all(Joint(h, 40, 0, is_last=True), vocabulary, odds) == written
+
+
+def test_an_unusual_letter_must_beat_the_usual_one_by_its_margin(vocabulary, lexicon):
+    """A capital within a sentence, a small letter at its beginning."""
+    heard = frames(lexicon, "cat", "cat")
+    small, capital = {" cat": 2.0, " Cat": 1.0}, {" cat": 1.0, " Cat": 2.0}
+    for margin, odds, written in (
+        (0.0, small, [" cat", " cat"]),
+        (1.5, small, [" Cat", " cat"]),
+        (0.0, capital, [" Cat", " Cat"]),
+        (1.5, capital, [" Cat", " cat"]),
+    ):
+        h = hearing(vocabulary, lexicon, heard)
+        h.cfg = replace(CFG, case_margin=margin)
+        assert write_all(Joint(h, 40, 0, is_last=True), vocabulary, odds) == written
+
+
 def test_a_segments_end_makes_everything_due(vocabulary, lexicon):
     heard = hearing(vocabulary, lexicon, frames(lexicon, "cat", "sat", gap=1))
     assert write_all(Joint(heard, 9, 9, is_last=True), vocabulary, {}) == [" cat", " sat"]

@@ -112,7 +112,8 @@ def main() -> None:
     parser.add_argument("--bridge", type=Path, required=True)
     parser.add_argument("--pieces", type=Path, required=True)
     parser.add_argument("--words", type=Path, help="lexicon; without it the LLM decides alone")
-    for name in ("llm_weight", "stop_threshold", "mark_odds"):
+    tuned = ("llm_weight", "stop_threshold", "mark_odds", "mark_margin", "case_margin")
+    for name in tuned:
         default = getattr(WriterConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
     parser.add_argument("--onnx", type=Path, metavar="FOLDER", help="write the graphs there too")
@@ -124,9 +125,9 @@ def main() -> None:
         "--tasks", nargs="+", default=[TRANSCRIBE], help='such as transcribe "translate to de"'
     )
     args = parser.parse_args()
-    writer, tasks = WriterConfig(args.llm_weight, args.stop_threshold, args.mark_odds), args.tasks
     with reported():
-        export(args.out, args.ear, args.bridge, args.pieces, args.words, writer, tuple(tasks))
+        writer = WriterConfig(**{name: getattr(args, name) for name in tuned})
+        export(args.out, args.ear, args.bridge, args.pieces, args.words, writer, tuple(args.tasks))
         if args.onnx:
             models.write_graphs(args.out, args.llm, args.onnx, args.dtype)
     size = sum(p.stat().st_size for p in args.out.iterdir()) / 1e6

@@ -213,6 +213,7 @@ class BeamConfig:
 
     lm_weight: float = 0.65  # of word n-grams
     word_bonus: float = 1.8  # for each word, against the n-grams' liking for few
+    blank_cost: float = 0.6  # of a frame that says nothing: CTC is too fond of blanks
     spell_cost: float = 8.0  # of a word that is in no lexicon
     letter_cost: float = 0.8  # of each of its letters
     size: int = 64  # hypotheses
@@ -234,13 +235,11 @@ class WriterConfig:
     only ask for punctuation. Chosen on development sets for the weights that they are stored with.
     """
 
-    llm_weight: float = 0.15  # of the LLM's log-probability beside what was heard
+    llm_weight: float = 0.3  # of the LLM's log-probability beside what was heard
     stop_threshold: float = 0.5  # without a lexicon: probability above which a chunk's text ends
-    mark_odds: float = 3.0  # log-odds against stopping that punctuation takes where no word is due
-    mark_margin: float = 0.0  # by which its logit must beat that of a word that is due
-    case_margin: float = (
-        0.0  # likewise a capital within a sentence, a small letter at its beginning
-    )
+    mark_odds: float = -0.5  # log-odds against stopping that punctuation takes where no word is due
+    mark_margin: float = 3.0  # by which its logit must beat that of a word that is due
+    case_margin: float = 0.5  # likewise capitals within a sentence, small letters at its beginning
     quiet_frames: int = 8  # of CTC (40 ms) without a piece, after which a word is over
     sure: float = 0.8  # share of the readings' probability that a word needs ...
     patience_frames: int = 20  # ... unless it is as old as this, in frames of CTC

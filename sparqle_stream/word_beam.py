@@ -132,7 +132,10 @@ class WordBeam:
 
     def hear(self, log_probs: npt.NDArray[np.float32]) -> None:
         """log_probs (C, V) of new frames."""
-        for row in log_probs.astype(np.float64):
+        rows = log_probs.astype(np.float64)
+        rows[:, BLANK] -= self.cfg.blank_cost
+        rows -= np.logaddexp.reduce(rows, axis=1, keepdims=True)
+        for row in rows:
             self._frame(row)
             self.n_frames += 1
             if self.n_kept > MOST_KEPT * self.cfg.size:

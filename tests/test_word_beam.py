@@ -14,7 +14,9 @@ from sparqle_stream.errors import ConfigError
 from sparqle_stream.word_beam import MOST_KEPT, WordBeam
 from tests.lexicons import lexicon_of
 
-WIDE = BeamConfig(size=4096, width=1e9, piece_floor=-1e9, n_spelled=0, word_bonus=0.3)
+WIDE = BeamConfig(
+    size=4096, width=1e9, piece_floor=-1e9, n_spelled=0, word_bonus=0.3, blank_cost=0.0
+)
 WORDS = ("a", "ab", "b", "ba")
 
 
@@ -85,6 +87,17 @@ def test_a_candidate_is_the_sum_of_the_readings_that_begin_with_it(lexicon):
         assert candidate.score == pytest.approx(np.logaddexp.reduce(begun), abs=1e-6)
     assert everything == pytest.approx(np.logaddexp.reduce([s for _, s in readings]), abs=1e-6)
     assert nothing == pytest.approx(dict(readings)[()], abs=1e-6)
+
+
+def test_a_cost_of_blanks_is_as_if_they_had_been_heard_less(lexicon):
+    log_probs = random_frames(6, lexicon, seed=4)
+    costly, free = WordBeam(lexicon, replace(WIDE, blank_cost=1.5)), WordBeam(lexicon, WIDE)
+    costly.hear(log_probs)
+    log_probs[:, 0] -= 1.5
+    free.hear(log_probs - np.logaddexp.reduce(log_probs, axis=1, keepdims=True))
+    for (words, score), (others, other) in zip(costly.readings(), free.readings(), strict=True):
+        assert words == others
+        assert score == pytest.approx(other, abs=1e-5)
 
 
 def test_hearing_in_parts_is_hearing_at_once(lexicon):

@@ -18,7 +18,7 @@ from sparqle_stream.word_beam import WordBeam
 from sparqle_stream.writer import Greedy, Hearing, Joint
 from tests.lexicons import lexicon_of
 
-CFG = WriterConfig(llm_weight=1.0)
+CFG = WriterConfig(llm_weight=1.0, mark_odds=3.0, mark_margin=0.0, case_margin=0.0)
 OFF = StreamOptions(vad=VadConfig(kind="off"))
 TEXTS = [[a, b] for a in ("cat", "car", "sat", "a") for b in ("cat", "car", "sat", "a")]
 

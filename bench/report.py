@@ -111,7 +111,7 @@ def _accuracy(results: Sequence[tuple[str, Json]], machines: Machines) -> list[s
             "Every word that is shown where nobody speaks is false.",
             table("set | settings | files | minutes | false words | a minute | run", noise),
         ]
-    if written := [_writing_row(name, r, s) for name, r, s in sets if _writing(s)]:
+    if written := [_writing_row(name, r, s, w) for name, r, s in sets if (w := _writing(s))]:
         head = "set | settings | words | capitals: precision, recall | marks: precision, recall"
         parts += ["### Capitals and punctuation", WRITING_NOTES, table(f"{head} | run", written)]
     parts += ["### Runs of accuracy", table(_RUN_HEAD, [_run_row(*r, machines) for r in results])]
@@ -162,8 +162,7 @@ def _writing(of_set: Json) -> Json | None:
     return found
 
 
-def _writing_row(name: str, result: Json, of_set: Json) -> list[str]:
-    found = _writing(of_set) or {}
+def _writing_row(name: str, result: Json, of_set: Json, found: Json) -> list[str]:
     return [
         _source(of_set),
         settings(result),

@@ -9,7 +9,7 @@ utterances resemble each other, so that this one is the wider and the honester.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
@@ -26,9 +26,19 @@ CONFIDENCE = 0.95
 SEED = 20250101
 
 
+class Counts:
+    """Of a dataclass that has only numbers: two of them add up, field by field."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Self) -> Self:
+        names = (f.name for f in fields(cast("Any", self)))
+        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """Counts of one or more utterances; they add up."""
+class Tally(Counts):
+    """Counts of one or more utterances."""
 
     utterances: int = 0
     words: int = 0  # of the reference
@@ -37,9 +47,6 @@ class Tally:
     insertions: int = 0
     last_words: int = 0  # utterances with a last word
     last_words_right: int = 0  # whose last word was captioned
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Tally)))
 
     @property
     def errors(self) -> int:

@@ -8,10 +8,10 @@ of letters says nothing of this and is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.scoring import percent
+from bench.scoring import Counts, percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,8 +21,8 @@ QUOTES = "\"'“”‘’()[]«»"
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
-    """Counts over words that both texts have; they add up."""
+class Writing(Counts):
+    """Counts over words that both texts have."""
 
     words: int = 0
     capitals: int = 0  # of the reference
@@ -31,9 +31,6 @@ class Writing:
     marks: int = 0  # of the reference
     marks_written: int = 0
     marks_right: int = 0  # of the same kind
-
-    def __add__(self, other: Writing) -> Writing:
-        return Writing(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Writing)))
 
 
 def says_how_to_write(text: str) -> bool:

@@ -99,18 +99,16 @@ class Hearing:
 
         return [said.word.text for said in itertools.takewhile(is_due, course)]
 
-    def forms(self, word: str, *, is_first: bool | None = None) -> list[tuple[list[int], bool]]:
-        """Tokens of a word as it is and with a capital, and whether it is usual here to write so.
-
-        is_first: whether the word begins a sentence; as the text stands, if that is not said.
+    def forms(self, word: str, *, is_first: bool) -> list[tuple[list[int], bool]]:
+        """Tokens of a word as it is and with a capital, and whether it is usual to write it so:
+        with one if it is the first of a sentence.
         """
-        has_capital = self.is_beginning if is_first is None else is_first
         capital = word[:1].upper() + word[1:]
         if capital == word:
             return [(self.tokenizer.encode(f" {word}"), True)]
         return [
-            (self.tokenizer.encode(f" {word}"), not has_capital),
-            (self.tokenizer.encode(f" {capital}"), has_capital),
+            (self.tokenizer.encode(f" {word}"), not is_first),
+            (self.tokenizer.encode(f" {capital}"), is_first),
         ]
 
     def marks(self) -> list[int]:
@@ -158,7 +156,7 @@ class Joint:
         self._due = [
             (said, form, 0.0 if is_usual else hearing.cfg.case_margin)
             for said in due
-            for form, is_usual in hearing.forms(said.word.text)
+            for form, is_usual in hearing.forms(said.word.text, is_first=hearing.is_beginning)
             if form
         ]
         self._marks = hearing.marks()

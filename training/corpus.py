@@ -80,6 +80,7 @@ class PackWriter:
         audio, index = folder / f"{AUDIO}.part", folder / f"{INDEX}.part"
         clips = _whole_clips(audio, index) if resume else []
         self.last_id = clips[-1].id if clips else ""
+        self.n_clips = len(clips)
         self._n_samples = sum(clip.length for clip in clips)
         self._index = index.open("w")
         self._index.writelines(json.dumps(asdict(clip)) + "\n" for clip in clips)
@@ -103,7 +104,13 @@ class PackWriter:
         self._audio.write(pcm.tobytes())
         clip = Clip(start=self._n_samples, length=len(pcm), targets=targets or {}, **facts)
         self._index.write(json.dumps(asdict(clip)) + "\n")
+        self.n_clips += 1
         self._n_samples += len(pcm)
+
+    @property
+    def seconds(self) -> float:
+        """Of sound, that of earlier runs included."""
+        return self._n_samples / SAMPLE_RATE_HZ
 
 
 def _whole_clips(audio: Path, index: Path) -> list[Clip]:
@@ -159,7 +166,8 @@ def decode_all(recordings: Iterable[Recording]) -> Iterator[tuple[Recording, NDA
     A file that cannot be decoded is left out with a warning; when it is the first one, they are
     probably all like that, and AudioFormatError is raised.
     """
-    path, whole, is_any = None, np.zeros(0, np.int16), False
+    whole: NDArray[np.int16] | None = None
+    path, is_any = None, False
     for one in recordings:
         if one.path != path:
             path = one.path
@@ -169,8 +177,8 @@ def decode_all(recordings: Iterable[Recording]) -> Iterator[tuple[Recording, NDA
                 if not is_any:
                     raise
                 logger.warning("left out: %s", err.message)
-                whole = np.zeros(0, np.int16)
-        if not len(whole):
+                whole = None
+        if whole is None:
             continue
         start = round(one.start_s * SAMPLE_RATE_HZ)
         n = len(whole) if one.seconds is None else round(one.seconds * SAMPLE_RATE_HZ)

@@ -12,6 +12,7 @@ is wrong all the same: give such a pack less weight than what people wrote.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.word_beam import WordBeam
 from training import manifests
 from training.align import viterbi
-from training.corpus import Pack, PackWriter, after, decode_all
+from training.corpus import PackWriter, after, decode_all
 from training.errors import reported
 from training.hearing import load_ear, posteriors
 
@@ -69,8 +70,8 @@ def label(
 ) -> Iterator[Label]:
     """Every recording with its PCM (S,) int16, what was read, and how sure that is."""
     encoder, head = load_ear(ear, pieces.size)
-    for at in range(0, len(recordings), HEARD_AT_ONCE):
-        part = list(decode_all(recordings[at : at + HEARD_AT_ONCE]))
+    decoded = decode_all(recordings)
+    while part := list(itertools.islice(decoded, HEARD_AT_ONCE)):
         pcm = [samples.astype(np.float32) / np.float32(32768) for _, samples in part]
         for i, heard in posteriors(encoder, head, pcm, CHUNK_FRAMES, AHEAD_FRAMES):
             text = read(heard.numpy(), lexicon)
@@ -108,9 +109,8 @@ def main() -> None:
                         corpus=one.corpus,
                         licence=one.licence,
                     )
-        clips = Pack(args.out).clips
-    hours = sum(clip.seconds for clip in clips) / 3600
-    print(f"{len(clips)} of {len(todo)} recordings, {hours:.2f} h -> {args.out}")
+    hours = writer.seconds / 3600
+    print(f"{writer.n_clips} of {len(todo)} recordings, {hours:.2f} h -> {args.out}")
 
 
 if __name__ == "__main__":

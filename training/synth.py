@@ -113,12 +113,11 @@ def speak(sentences: list[str], out: Path, hours: float, seed: int = 0) -> float
         raise SystemExit("error: no synthesizer found\nhint: apt-get install flite espeak-ng")
     rng = random.Random(seed)
     rng.shuffle(sentences)
-    done_s = 0.0
     bar = tqdm(total=round(hours * 3600), unit="s", desc="synth")
     with PackWriter(out) as writer, tempfile.TemporaryDirectory() as tmp:
         wav = Path(tmp) / "a.wav"
         for i, sentence in enumerate(sentences):
-            if done_s >= hours * 3600:
+            if writer.seconds >= hours * 3600:
                 break
             voice = pick_voice(voices, rng)
             wav.with_suffix(".txt").write_text(sentence)
@@ -135,6 +134,5 @@ def speak(sentences: list[str], out: Path, hours: float, seed: int = 0) -> float
                 corpus="synthetic",
                 licence="public-domain text",
             )
-            done_s += len(pcm) / SAMPLE_RATE_HZ
             bar.update(round(len(pcm) / SAMPLE_RATE_HZ))
-    return done_s / 3600
+    return writer.seconds / 3600

@@ -48,8 +48,9 @@ def test_sureness_is_the_text_s_share_of_what_was_heard():
     assert labels.sureness(clear, "", pieces) == -np.inf
 
 
-def test_a_pack_has_what_was_sure(tmp_path, lexicon, monkeypatch, capsys):
-    """Texts of the manifest are not looked at; the audio is kept as it was."""
+@pytest.fixture
+def run(tmp_path, lexicon, monkeypatch):
+    """Labels three recordings into `out`, of which one is sure; with further options."""
     rows = []
     for i in range(3):
         with wave.open(str(tmp_path / f"{i}.wav"), "wb") as file:
@@ -60,16 +61,43 @@ def test_a_pack_has_what_was_sure(tmp_path, lexicon, monkeypatch, capsys):
         rows.append({"id": str(i), "audio": f"{i}.wav", "text": "", "speaker": f"s{i}"})
     lines = "\n".join(json.dumps(row) for row in rows)
     (tmp_path / manifests.MANIFEST).write_text(lines)
-    heard = {0: spelled("bad", sure=0.99), 1: spelled("day", sure=0.3), 2: spelled(sure=0.9)}
+    heard = [spelled("bad", sure=0.99), spelled("day", sure=0.3), spelled(sure=0.9)]
     monkeypatch.setattr(labels, "load_ear", lambda *_: (None, None))
     monkeypatch.setattr(
-        labels, "posteriors", lambda *_: ((i, torch.from_numpy(x)) for i, x in heard.items())
+        labels,
+        "posteriors",
+        lambda _encoder, _head, pcm, *_: (
+            (i, torch.from_numpy(heard[(len(x) - 16_000) // 640])) for i, x in enumerate(pcm)
+        ),
     )
     monkeypatch.setattr(labels.CtcPieces, "load", lambda _: testing.tiny_pieces())
     monkeypatch.setattr(labels.Lexicon, "load", lambda *_: lexicon)
     given = ["--ear", "ear", "--pieces", "pieces", "--words", "words"]
-    monkeypatch.setattr("sys.argv", ["label", str(tmp_path / "out"), str(tmp_path), *given])
-    labels.main()
+
+    def run(*more: str) -> None:
+        argv = ["label", str(tmp_path / "out"), str(tmp_path), *given, *more]
+        monkeypatch.setattr("sys.argv", argv)
+        labels.main()
+
+    return run
+
+
+def test_nothing_that_is_sure_is_said(run, capsys):
+    run("--least", "0")
+    assert "0 of 3 recordings, 0.00 h" in capsys.readouterr().out
+
+
+def test_a_damaged_file_costs_itself_wherever_it_lies(run, tmp_path, monkeypatch, capsys):
+    """Also at the beginning of what is heard at once."""
+    monkeypatch.setattr(labels, "HEARD_AT_ONCE", 1)
+    (tmp_path / "1.wav").write_text("no sound")
+    run()
+    assert "1 of 3 recordings" in capsys.readouterr().out
+
+
+def test_a_pack_has_what_was_sure(run, tmp_path, capsys):
+    """Texts of the manifest are not looked at; the audio is kept as it was."""
+    run()
     pack = Pack(tmp_path / "out")
     assert [(clip.id, clip.text, clip.speaker) for clip in pack.clips] == [("0", "bad", "s0")]
     assert np.array_equal(pack.samples, np.arange(16_000) % 100)

@@ -24,8 +24,9 @@ and transport. RTF is the computing of one stream per second of its audio while 
 has the players in it where they share the process."""
 
 SOAK_NOTES = """Streams of random lengths come and go, faster than real time; a fifth of them is
-given up in the middle. *Growth* is the median slope over the run without its first fifth, times its
-length."""
+given up in the middle. The time of a chunk is that of one stream that is always the same, alone in
+the engine after every round. *Growth* is the median slope over the run without its first fifth,
+times its length."""
 
 COMPARE_NOTES = """The same files through each recogniser on the same cores, in processes of their
 own, in turns: A B A B. Ratios are theirs over ours, the mean of the rounds, each round in brackets:

@@ -5,8 +5,9 @@ lengths come and go, faster than real time, until --hours of audio were captione
 order, some are flushed before, some are given up in the middle. In an engine of this process, or
 with --server through our own websocket server here, where giving up is hanging up.
 Out: one JSON document: after every round of streams the resident memory, the bytes of all state,
-the mean time of a chunk, open files, threads and streams that are still open; and how much each
-grew from the first fifth of the run on, which is warm-up.
+open files, threads and streams that are still open, and the mean time of a chunk of one stream that
+is always the same and has the engine to itself: beside others it would tell how many they were. And
+how much each grew from the first fifth of the run on, which is warm-up.
 
 Contract: exits with 1 when something grew. Refuses a machine that others use, unless --force: the
 time of a chunk is one of the figures; the result says so then.
@@ -77,6 +78,11 @@ class Plan:
     start: int
     n_samples: int
     leave: Leave
+
+
+PROBE = Plan(
+    start=0, n_samples=10 * SAMPLE_RATE_HZ, leave=Leave.IN_ORDER
+)  # what chunks are timed on
 
 
 @dataclass(slots=True)
@@ -179,32 +185,44 @@ def over_a_socket(url: str, wanted: Settings, tape: Reel) -> Callable[[Plan, Tal
 
 
 class Watcher:
-    """Samples of one engine and this process."""
+    """Samples of one engine and this process, between rounds of streams."""
 
-    def __init__(self, engine: Engine, slots: Sequence[Slots]) -> None:
-        self._engine, self._slots = engine, slots
+    def __init__(
+        self, engine: Engine, slots: Sequence[Slots], play: Callable[[Plan, Tally], None]
+    ) -> None:
+        self._engine, self._slots, self._play = engine, slots, play
         self._process = machine.Process()
-        self._last = engine.metrics()
+        self.probes = Tally()  # of the streams that chunks are timed on
 
     def sample(self, cycles: int, audio_s: float) -> dict[str, Any]:
         """Once no stream is open; who is left after a while counts as one that leaked."""
-        deadline = time.perf_counter() + 10.0
-        while self._engine.metrics().n_streams and time.perf_counter() < deadline:
-            time.sleep(0.01)
-        now, reading = self._engine.metrics(), self._process.read()
-        n_chunks = now.chunks - self._last.chunks
-        spent_s = now.step_seconds.total_s - self._last.step_seconds.total_s
-        self._last = now
+        self._wait_for_silence()
+        chunk_ms, reading = self._probe(), self._process.read()
         return {
             "cycles": cycles,
             "audio_seconds": round(audio_s, 1),
             "rss_mb": round(reading.rss_mb, 1),
             "state_bytes": sum(s.state_bytes() for s in self._slots),
-            "chunk_ms": round(1000 * spent_s / n_chunks, 3) if n_chunks else None,
+            "chunk_ms": chunk_ms,
             "open_files": reading.open_files,
             "threads": reading.threads,
-            "streams_open": now.n_streams,
+            "streams_open": self._engine.metrics().n_streams,
         }
+
+    def _probe(self) -> float | None:
+        """Mean time of a chunk of `PROBE`; None where it had none."""
+        before = self._engine.metrics()
+        self._play(PROBE, self.probes)
+        self._wait_for_silence()
+        now = self._engine.metrics()
+        n_chunks = now.chunks - before.chunks
+        spent_s = now.step_seconds.total_s - before.step_seconds.total_s
+        return round(1000 * spent_s / n_chunks, 3) if n_chunks else None
+
+    def _wait_for_silence(self) -> None:
+        deadline = time.perf_counter() + 10.0
+        while self._engine.metrics().n_streams and time.perf_counter() < deadline:
+            time.sleep(0.01)
 
 
 def growth(hours: Sequence[float], values: Sequence[float]) -> float:
@@ -265,10 +283,11 @@ def measure(
             play = over_a_socket(stack.enter_context(server.background(engine, cfg)), wanted, tape)
         else:
             play = in_process(engine, wanted, tape)
-        start = time.perf_counter()
-        samples, tally = _rounds(args, play, Watcher(engine, slots), len(tape.tape))
+        watcher, start = Watcher(engine, slots, play), time.perf_counter()
+        samples, tally = _rounds(args, play, watcher, len(tape.tape))
         seconds = time.perf_counter() - start
-    flat = flatness(samples)
+    heard_s = samples[-1]["audio_seconds"] + watcher.probes.n_samples / SAMPLE_RATE_HZ
+    flat, failed = flatness(samples), tally.failed + watcher.probes.failed
     verdicts = [one["is_flat"] for one in flat.values()]
     return {
         "bench": "soak",
@@ -278,6 +297,7 @@ def measure(
             "longest_s": args.longest_s,
             "leaves": {leave.value: share for leave, share in LEAVES.items()},
             "seed": args.seed,
+            "chunks_timed_on_s": PROBE.n_samples / SAMPLE_RATE_HZ,
         },
         "machine": machine.card(model.weights_hash, wanted.threads),
         "sets": manifests.summary(sets),
@@ -285,10 +305,10 @@ def measure(
         "audio_seconds": samples[-1]["audio_seconds"],
         "cycles": samples[-1]["cycles"],
         "words": tally.words,
-        "failed": tally.failed,
-        "reasons": sorted(tally.reasons),
-        "times_real_time": round(samples[-1]["audio_seconds"] / seconds, 2),
-        "is_flat": None if None in verdicts else all(verdicts) and not tally.failed,
+        "failed": failed,
+        "reasons": sorted(tally.reasons | watcher.probes.reasons),
+        "times_real_time": round(heard_s / seconds, 2),
+        "is_flat": None if None in verdicts else all(verdicts) and not failed,
         "flat": flat,
         "samples": samples,
     }

@@ -9,6 +9,9 @@ the torch modules, and kept in the cache folder: from then on torch is not impor
 
 from __future__ import annotations
 
+import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,6 +33,7 @@ __all__ = ["Model", "list_models", "load", "path", "pull", "verify"]
 
 RANDOM_TINY = "random:tiny"
 TORCH_DTYPES = ("float32", "bfloat16")
+UNUSED_DAYS = 30  # graphs (240 MB) that nothing ran from for so long make room for new ones
 
 
 class Model(Protocol):
@@ -138,6 +142,8 @@ def _graphs(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> Pat
     key = f"{artifacts.hash_of(folder, source)}-{dtype}-{FORMAT}"
     out = artifacts.cache_dir() / "graphs" / key
     if (out / INDEX).is_file():
+        with suppress(OSError):  # of somebody else, or on a disk that cannot be written
+            (out / INDEX).touch()
         return out
     from filelock import FileLock
 
@@ -145,6 +151,7 @@ def _graphs(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> Pat
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.parent / ".lock"):  # two processes may want them at once
             if not (out / INDEX).is_file():
+                _make_room(out.parent)
                 write_graphs(name_or_path, llm, out, dtype)
     except OSError as err:
         raise ModelError(
@@ -152,3 +159,13 @@ def _graphs(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> Pat
             hint="make room there, point SPARQLE_HOME elsewhere, or use --backend torch",
         ) from err
     return out
+
+
+def _make_room(graphs: Path) -> None:
+    """Removes graphs of models that are not used any more, and what killed processes left."""
+    for left in graphs.glob(".tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    oldest = time.time() - UNUSED_DAYS * 86400
+    for index in graphs.glob(f"*/{INDEX}"):
+        if index.stat().st_mtime < oldest:
+            shutil.rmtree(index.parent, ignore_errors=True)

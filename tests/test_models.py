@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sparqle_stream import artifacts, models, testing, torch_model, weights
 from sparqle_stream.config import ModelConfig
 from sparqle_stream.config_json import config_from_json
 from sparqle_stream.errors import ConfigError, ModelError
+from sparqle_stream.onnx_cpu.settings import INDEX
 from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.tokenizer import TextTokenizer
 from sparqle_stream.weights import LlmFiles
@@ -314,6 +316,24 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(written, tmp_path, monke
     with pytest.raises(ModelError, match="cannot write the model's graphs") as caught:
         models.load(written[0], llm=written[1])
     assert "SPARQLE_HOME" in caught.value.hint
+
+
+def test_graphs_that_nobody_uses_make_room_for_new_ones(written, tmp_path, monkeypatch):
+    """Every new model is 240 MB of them; what a killed process left goes too."""
+    monkeypatch.setenv("SPARQLE_HOME", str(tmp_path))
+    graphs, month_ago = tmp_path / "graphs", time.time() - 31 * 86400
+    for name in ("unused", "used"):
+        (graphs / name).mkdir(parents=True)
+        (graphs / name / INDEX).write_text("{}")
+    os.utime(graphs / "unused" / INDEX, (month_ago, month_ago))
+    (graphs / ".tmp-killed").mkdir()
+    models.load(written[0], llm=written[1])
+    names = {folder.name for folder in graphs.iterdir() if folder.is_dir()}
+    (made,) = names - {"used"}
+    assert "used" in names
+    os.utime(graphs / made / INDEX, (month_ago, month_ago))
+    models.load(written[0], llm=written[1])
+    assert (graphs / made / INDEX).stat().st_mtime > month_ago + 86400
 
 
 @pytest.mark.parametrize("text", ["", "{ half of it", '{"model": 7}'])

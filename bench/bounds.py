@@ -2,6 +2,7 @@
 
 Whoever decodes one row reads every weight once per pass, so bytes over bandwidth is time that no
 program can save. It leaves out arithmetic, K/V caches and activations: a lower bound, not a goal.
+The bandwidth is that of the threads which read: a stream that stays on one has one thread's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def of_chunk(model: Model, chunk_ms: int, read_gb_s: float | None = None) -> dic
     `vocabulary_mb` is read once more for every token that is written, `llm_mb` for every token
     after the first.
     """
-    bandwidth = read_gigabytes_per_s() if read_gb_s is None else read_gb_s
+    bandwidth = bandwidth_of_stream(model) if read_gb_s is None else read_gb_s
     sizes = weight_megabytes(model)
     chunk = sum(mb for part, mb in sizes.items() if part != "vocabulary")
     least_ms = chunk / bandwidth  # 10^6 bytes over 10^9 bytes a second
@@ -36,11 +37,25 @@ def of_chunk(model: Model, chunk_ms: int, read_gb_s: float | None = None) -> dic
     }
 
 
-def read_gigabytes_per_s(n_bytes: int = PROBE_BYTES, n_times: int = PROBE_TIMES) -> float:
-    """10^9 bytes a second that all threads of torch read together, the best of some times."""
-    block = torch.ones(n_bytes // 4)
-    best = min(_seconds_to_sum(block) for _ in range(n_times))
-    return n_bytes / best / 1e9
+def bandwidth_of_stream(model: Model) -> float:
+    """10^9 bytes a second that the threads of one stream of `model` can read.
+
+    A model that several workers share has one thread in each (onnx), any other has torch's.
+    """
+    return read_gigabytes_per_s(1 if model.is_shared else torch.get_num_threads())
+
+
+def read_gigabytes_per_s(
+    n_threads: int, n_bytes: int | None = None, n_times: int = PROBE_TIMES
+) -> float:
+    """10^9 bytes a second that so many threads read together, the best of some times."""
+    block, before = torch.ones((n_bytes or PROBE_BYTES) // 4), torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        best = min(_seconds_to_sum(block) for _ in range(n_times))
+    finally:
+        torch.set_num_threads(before)
+    return 4 * block.numel() / best / 1e9
 
 
 def weight_megabytes(model: Model) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 `python -m bench.passes` times a single row (a token), a chunk's queries (the append), and both for
 eight streams at once, on slots that hold `--filled` rows, beside the memory bound: the bytes of the
-LLM's matrices, read once at the measured bandwidth. Then every stage of a chunk of the bundled
-clip. Variants take turns (A B C A B C); a turn makes each pass three times and takes the last, for
-threads of the variant before may still be spinning. The figure is the median of all turns.
+LLM's matrices, read once at the bandwidth that as many threads reach here. Then every stage of a
+chunk of the bundled clip. Variants take turns (A B C A B C); a turn makes each pass three times and
+takes the last, for threads of the variant before may still be spinning. The figure is the median of
+all turns.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def measure(variants: Sequence[Variant], n_turns: int) -> dict[str, dict[str, fl
 def run(args: argparse.Namespace, wanted: Settings) -> dict[str, Any]:
     free = machine.require_free(is_forced=args.force)
     variants = [Variant(wanted, *names, args.filled) for names in VARIANTS]
-    bandwidth = bounds.read_gigabytes_per_s()
+    bandwidth = {v.name: bounds.bandwidth_of_stream(v.model) for v in variants}
     passes = measure(variants, args.turns)
     pcm = manifests.bundled().recordings[0].pcm()
     chunk = wanted.stream_options().chunk_samples
@@ -144,8 +145,8 @@ def run(args: argparse.Namespace, wanted: Settings) -> dict[str, Any]:
         "settings": wanted.summary() | {"filled": args.filled, "turns": args.turns},
         "machine": machine.card(variants[0].model.weights_hash, wanted.threads),
         "busy_share": round(free, 2),
-        "read_gb_per_s": round(bandwidth, 1),
-        "bound_ms": {v.name: round(_llm_ms(v.model, bandwidth), 2) for v in variants},
+        "read_gb_per_s": {name: round(rate, 1) for name, rate in bandwidth.items()},
+        "bound_ms": {v.name: round(_llm_ms(v.model, bandwidth[v.name]), 2) for v in variants},
         "pass_ms": passes,
         "stage_ms": stages,
     }

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 PASSES_NOTES = """One pass of the LLM over its slots, and every stage of one chunk whose queries the
 LLM reads, in milliseconds (medians of turns, variants in turns). *8 x 4*: eight streams, four rows
-each. The bound reads the LLM's matrices once, at the bandwidth measured in the same run."""
+each. The bound reads the LLM's matrices once, at the bandwidth measured in the same run for as many
+threads as a stream has: one on onnx, all on torch."""
 
 
 def passes(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]:
@@ -23,7 +24,7 @@ def passes(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]
     for name, result in results:
         label = machines.label(result["machine"])
         facts = (
-            f"{result['settings']['filled']} rows in each slot, {result['read_gb_per_s']:g} GB/s,"
+            f"{result['settings']['filled']} rows in each slot,"
             f" commit `{result['machine']['commit']}`, machine {label}."
         )
         parts += [f"### `{name}`", facts, _table(result)]
@@ -37,7 +38,8 @@ def _table(result: Json) -> str:
     rows = []
     for name, taken in result["pass_ms"].items():
         by_stage = result["stage_ms"][name]
-        cells = [number(result["bound_ms"][name], 1)]
+        bandwidth = f"{result['read_gb_per_s'][name]:g} GB/s"
+        cells = [f"{number(result['bound_ms'][name], 1)} ({bandwidth})"]
         cells += [number(taken[shape], 1) for shape in shapes]
         cells += [number(by_stage.get(stage), 1) for stage in stages]
         rows.append([name, *cells])

@@ -58,11 +58,11 @@ def test_the_page_shows_every_variant():
     result = {
         "settings": {"filled": 150},
         "machine": machine.card("weights", 2),
-        "read_gb_per_s": 20.0,
+        "read_gb_per_s": {"onnx int8": 12.0, "torch float32": 20.0},
         "bound_ms": {"onnx int8": 3.4, "torch float32": 21.0},
         "pass_ms": {"onnx int8": {"1x1": 5.4}, "torch float32": {"1x1": 30.0}},
         "stage_ms": {"onnx int8": {"encoder": 9.3}, "torch float32": {"encoder": 22.0, "ctc": 0.7}},
     }
     page = "\n".join(section([("passes.json", result)], Machines()))
-    assert "| onnx int8 | 3.4 | 5.4 |" in page
+    assert "| onnx int8 | 3.4 (12 GB/s) | 5.4 |" in page
     assert "150 rows" in page

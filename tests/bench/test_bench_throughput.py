@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -404,7 +405,30 @@ def test_the_bound_is_bytes_over_bandwidth(tiny):
     assert got["vocabulary_mb"] == round(4e-6 * n_embedding, 1)
     assert got["chunk_ms_at_least"] == pytest.approx(megabytes / 2, abs=0.15)
     assert got["rtf_at_least"] == pytest.approx(got["chunk_ms_at_least"] / 320, abs=1e-3)
-    assert bounds.read_gigabytes_per_s(1 << 20, 2) > 0.01
+
+
+def test_bandwidth_is_that_of_the_threads_of_a_stream(tiny, monkeypatch):
+    """And torch has as many threads after it as before."""
+    import torch
+
+    from bench import bounds
+
+    before, summed_with = torch.get_num_threads(), []
+
+    def seconds_to_sum(block):
+        summed_with.append(torch.get_num_threads())
+        return 1e-3
+
+    monkeypatch.setattr(bounds, "_seconds_to_sum", seconds_to_sum)
+    assert bounds.read_gigabytes_per_s(1, 1 << 20, 2) == pytest.approx((1 << 20) / 1e6)
+    monkeypatch.setattr(bounds, "PROBE_BYTES", 1 << 20)
+    torch.set_num_threads(2)
+    try:
+        for is_shared in (True, False):
+            bounds.bandwidth_of_stream(SimpleNamespace(is_shared=is_shared))
+    finally:
+        torch.set_num_threads(before)
+    assert summed_with == [1] * 2 + [1] * 5 + [2] * 5
 
 
 def test_a_packet_is_sent_once_its_last_sample_is_spoken(reel):

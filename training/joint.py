@@ -38,7 +38,7 @@ from training.place import HERE, Place, find_place
 from training.prompts import draw_instruction
 from training.rows import Row, interleave, merged
 from training.simulate import simulate
-from training.sources import SHARE_SEED, Feed, make_feed
+from training.sources import SHARE_SEED, Feed, make_feed, warn_of_plain
 from training.text import is_spelled_out, written
 
 FRAME_MS = FRAME_SAMPLES * 1000 // SAMPLE_RATE_HZ
@@ -309,6 +309,7 @@ def start(cfg: JointConfig, device: str = "cpu") -> Trainer:
         raise ConfigError(
             "the engine serves no bridge with merge or sinks", hint="they are for training.ablate"
         )
+    warn_of_plain(cfg.sources)
     return Trainer(cfg, find_place(device, cfg.bf16))
 
 

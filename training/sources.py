@@ -5,6 +5,7 @@ Contract: the same sources, seed and share give the same streams again.
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from sparqle_stream.errors import ConfigError
 from training.align import poor_ids
 from training.corpus import Pack
 from training.data import Augmenter, StreamSampler
-from training.text import is_spelled_out
+from training.text import is_plain, is_spelled_out
 
 if TYPE_CHECKING:
     from training.corpus import Clip
     from training.data import AugmentConfig
 
+logger = logging.getLogger(__name__)
+
 LONGEST_CLIP_S = 20.0
+PLAIN_SHARE = 0.5  # of a pack's transcripts, from which on it is told
 SHARE_SEED = 1_000_003  # apart from the seeds of neighbouring steps
 
 
@@ -61,6 +65,21 @@ def clips_of(source: Source, pack: Pack) -> list[Clip]:
             f"skip_poor: {pack.folder} has no words.jsonl", hint="run python -m training.align"
         )
     return [c for c in clips if usable(c) and c.id not in poor]
+
+
+def warn_of_plain(sources: tuple[Source, ...]) -> None:
+    """Tells of packs whose transcripts would teach an LLM to leave out capitals and marks."""
+    for source in sources:
+        texts = [clip.text for clip in Pack(Path(source.pack)).clips if clip.text]
+        n_plain = sum(map(is_plain, texts)) if source.transcribed else 0
+        if n_plain > PLAIN_SHARE * len(texts):
+            logger.warning(
+                "%s: %d of %d transcripts have no capitals or punctuation of their own; captions"
+                " will do without names' capitals and commas. Such a pack is for the ear",
+                source.pack,
+                n_plain,
+                len(texts),
+            )
 
 
 class Draws(Protocol):

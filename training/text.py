@@ -50,16 +50,25 @@ def train_pieces(texts: list[str], size: int, out: Path) -> CtcPieces:
     return CtcPieces(tokenizer)
 
 
+def is_plain(text: str) -> bool:
+    """Whether case and punctuation are the corpus' habit and say nothing: all capitals, or none.
+
+    >>> is_plain("WE CALL IT BEAR"), is_plain("we call it bear"), is_plain("we call it bear.")
+    (True, True, False)
+    """
+    return text.isupper() or (text.islower() and not re.search(r"[.,?!;:]", text))
+
+
 def written(text: str) -> str:
     """What the LLM is taught to write: case and punctuation as the corpus has them.
 
-    All-capital transcripts become one plain sentence.
+    A transcript without either becomes one plain sentence.
 
     >>> written("WE CALL IT BEAR")
     'We call it bear.'
     """
     text = " ".join(text.translate(_APOSTROPHES).split())
-    if not text.isupper():
+    if not is_plain(text):
         return text
     text = re.sub(r"\bi\b", "I", text.lower())
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")

@@ -19,10 +19,12 @@ from sparqle_stream.llm import Llm
 from sparqle_stream.writer import Greedy
 from training import joint
 from training.bridge import JointConfig, load_config
+from training.corpus import PackWriter
 from training.data import Stream, Utterance
 from training.joint import Trainer
 from training.place import HERE
 from training.rows import Row, interleave, merged
+from training.sources import Source, warn_of_plain
 
 CONFIGS = Path(joint.__file__).parent / "configs"
 PREFIX = [1, 7, 9]
@@ -416,3 +418,23 @@ def test_comparisons_are_no_models_to_serve():
         JointConfig("", "", "", (), merge=4, chunks=(8, 16))
     with pytest.raises(ConfigError, match="update = 'lorra'"):
         JointConfig("", "", "", (), update="lorra")
+
+
+@pytest.mark.parametrize(
+    ("texts", "is_told"),
+    [
+        (["WE CALL IT BEAR", "i do not", "Yes."], True),
+        (["We call it bear.", "i do not", "Yes."], False),
+        ([""], False),
+    ],
+)
+def test_a_pack_without_capitals_and_marks_is_told(tmp_path, caplog, texts, is_told):
+    """LibriSpeech's transcripts would teach the LLM to write names small and no commas."""
+    with PackWriter(tmp_path / "pack") as writer:
+        for i, text in enumerate(texts):
+            facts = {"speaker": "s", "corpus": "c", "licence": "l"}
+            writer.add(np.zeros(800, np.int16), id=str(i), text=text, **facts)
+    source = Source(str(tmp_path / "pack"))
+    warn_of_plain((source, Source(source.pack, transcribed=False)))
+    said = [f"{source.pack}: 2 of 3 transcripts have no capitals"] if is_told else []
+    assert [record.message[: len(said[0])] for record in caplog.records] == said

@@ -38,12 +38,14 @@ def test_spoken_text_is_letters_apostrophes_and_single_spaces(text):
         ("WE CALL IT BEAR", "We call it bear."),
         ("THEN I'LL GO SAID I", "Then I'll go said I."),
         ("IS IT YOU?", "Is it you?"),
+        ("then i'll go said i", "Then I'll go said I."),
+        ("is it you?", "is it you?"),
         ("It  is\nyou, isn’t it", "It is you, isn't it"),
         ("", ""),
     ],
 )
 def test_written(text, expected):
-    """Capitals throughout are a corpus' habit; mixed case is left as it is."""
+    """Capitals throughout, or none and no marks, are a corpus' habit; the rest is left as it is."""
     assert written(text) == expected
 
 

@@ -80,9 +80,8 @@ class Plan:
     leave: Leave
 
 
-PROBE = Plan(
-    start=0, n_samples=10 * SAMPLE_RATE_HZ, leave=Leave.IN_ORDER
-)  # what chunks are timed on
+# What chunks are timed on.
+PROBE = Plan(start=0, n_samples=10 * SAMPLE_RATE_HZ, leave=Leave.IN_ORDER)
 
 
 @dataclass(slots=True)

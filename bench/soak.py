@@ -285,19 +285,13 @@ def measure(
         watcher, start = Watcher(engine, slots, play), time.perf_counter()
         samples, tally = _rounds(args, play, watcher, len(tape.tape))
         seconds = time.perf_counter() - start
-    heard_s = samples[-1]["audio_seconds"] + watcher.probes.n_samples / SAMPLE_RATE_HZ
-    flat, failed = flatness(samples), tally.failed + watcher.probes.failed
+    flat, everything = flatness(samples), tally + watcher.probes
+    failed = everything.failed
     verdicts = [one["is_flat"] for one in flat.values()]
     return {
         "bench": "soak",
         "settings": wanted.summary(),
-        "load": {
-            "through": "our server, dialect stream" if args.server else "the engine, in process",
-            "longest_s": args.longest_s,
-            "leaves": {leave.value: share for leave, share in LEAVES.items()},
-            "seed": args.seed,
-            "chunks_timed_on_s": PROBE.n_samples / SAMPLE_RATE_HZ,
-        },
+        "load": _load(args),
         "machine": machine.card(model.weights_hash, wanted.threads),
         "sets": manifests.summary(sets),
         "timing": under.summary(),
@@ -305,11 +299,21 @@ def measure(
         "cycles": samples[-1]["cycles"],
         "words": tally.words,
         "failed": failed,
-        "reasons": sorted(tally.reasons | watcher.probes.reasons),
-        "times_real_time": round(heard_s / seconds, 2),
+        "reasons": sorted(everything.reasons),
+        "times_real_time": round(everything.n_samples / SAMPLE_RATE_HZ / seconds, 2),
         "is_flat": None if None in verdicts else all(verdicts) and not failed,
         "flat": flat,
         "samples": samples,
+    }
+
+
+def _load(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "through": "our server, dialect stream" if args.server else "the engine, in process",
+        "longest_s": args.longest_s,
+        "leaves": {leave.value: share for leave, share in LEAVES.items()},
+        "seed": args.seed,
+        "chunks_timed_on_s": PROBE.n_samples / SAMPLE_RATE_HZ,
     }
 
 

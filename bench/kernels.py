@@ -84,13 +84,15 @@ def check(case: Case, dtype: torch.dtype, device: str, streams: int = CHECKED_ST
 
 
 def errors(ours: Tensor, theirs: Tensor, truth: Tensor) -> tuple[float, float, float]:
-    """Ours, PyTorch's, and half a unit in the last place: PyTorch may be exact by luck."""
+    """Ours, PyTorch's, and by what PyTorch may be better: half a unit in the last place, by luck;
+    four units in float32, which we sum one after another, and PyTorch now and then in a tree."""
     import torch
 
     def rms(x: Tensor) -> float:
         return x.double().square().mean().sqrt().item()
 
-    luck = torch.finfo(ours.dtype).eps / 2 * rms(truth)
+    units = 4 if ours.dtype == torch.float32 else 0.5
+    luck = units * torch.finfo(ours.dtype).eps * rms(truth)
     return rms(ours - truth), rms(theirs - truth), luck
 
 

@@ -30,7 +30,7 @@ from training.errors import reported
 from training.joint import Trainer
 from training.place import Place, find_place
 from training.settings import from_table, read_table
-from training.sources import Source, make_sampler
+from training.sources import Batches, Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,8 +88,9 @@ def measure(trainer: Trainer, plan: Plan) -> dict[str, float]:
     fixed: dict[str, Any] = {"p_default_delay": 1.0, "chunks": (16,), "lengths_s": ()}
     fixed |= dict.fromkeys(zeros, 0) | {"tasks": (TRANSCRIBE,)}
     trainer.cfg = replace(trainer.cfg, **fixed)
-    sampler = make_sampler(plan.dev, "", CLEAN, trainer.cfg.stream_s, seed=0)
-    trainer.rng, trainer.sampler = random.Random(0), sampler
+    heard = replace(trainer.cfg, sources=plan.dev, noise="", augment=CLEAN, workers=0)
+    feed = Batches(heard, seed=0, with_clean=False)
+    trainer.rng, trainer.batches = random.Random(0), iter(feed)
     rows = [trainer.batch_loss()[1] for _ in range(plan.dev_batches)]
     rows = [row for row in rows if row["rows"]]
     if not rows:

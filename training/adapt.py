@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparqle_stream.config import SAMPLE_RATE_HZ, SILENT_MEL, CtcConfig
+from sparqle_stream.config import SILENT_MEL, CtcConfig
 from sparqle_stream.ctc import CtcHead
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import CtcPieces
@@ -49,6 +49,9 @@ class AdaptConfig:
     streams: int = 8
     stream_s: float = 12.8
     lengths_s: tuple[float, ...] = ()  # drawn for each batch, of streams * stream_s seconds in all
+    p_empty: float = 0.0  # streams of noise without words
+    workers: int = 0  # processes that make batches ahead of time: for a GPU
+    dropout: float = 0.0  # of what each sub-layer adds, for many passes over the same hours
     lr_head: float = 1e-3
     lr_encoder: float = 6e-5
     warmup: int = 60
@@ -89,6 +92,17 @@ def freeze(encoder: Encoder, n_blocks: int) -> None:
             module.requires_grad_(False)
 
 
+def add_dropout(encoder: Encoder, p: float) -> None:
+    """Residual dropout (Vaswani et al., 2017) in training mode; serving has none."""
+
+    def drop(module: torch.nn.Module, _: object, out: Tensor) -> Tensor:
+        return F.dropout(out, p, training=module.training)
+
+    for block in encoder.layers():
+        for linear in (block.out, block.fc2):
+            linear.register_forward_hook(drop)
+
+
 class Trainer(Run):
     """The ear: the head alone at first, then the encoder with it, held by its teacher."""
 
@@ -110,6 +124,8 @@ class Trainer(Run):
         if place.bf16:
             self.teacher.bfloat16()
         freeze(encoder, cfg.frozen_blocks)
+        if cfg.dropout:
+            add_dropout(encoder, cfg.dropout)
         taught = [p for p in encoder.parameters() if p.requires_grad]
         self.ready(
             [
@@ -144,7 +160,8 @@ class Trainer(Run):
         self.head.load_state_dict(part(weights, "ctc"))
 
     def make_feed(self, share: int) -> Feed:
-        return make_feed(self.cfg, self.cfg.seed + self.step + SHARE_SEED * share)
+        seed = self.cfg.seed + self.step + SHARE_SEED * share
+        return make_feed(self.cfg, seed, with_clean=self.cfg.distil > 0)
 
     def warm_up(self, group: int) -> float:
         waited = self.cfg.head_steps if group else -1
@@ -152,29 +169,29 @@ class Trainer(Run):
 
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
         cfg, rng, place = self.cfg, self.rng, self.place
-        streams = self.sampler.batch(cfg.streams, cfg.lengths_s)
-        noisy = mel_of(streams, "noisy", place.device)
-        mel = spec_augment(noisy, rng, SILENT_MEL) if rng.random() < cfg.augment.spec else noisy
+        batch = next(self.batches)
+        mel = mel_of(batch.noisy, place.device)
+        if rng.random() < cfg.augment.spec:
+            mel = spec_augment(mel, rng, SILENT_MEL, cfg.augment)
         is_frozen = self.step < cfg.head_steps
-        offset = torch.tensor([rng.randrange(1500) for _ in streams], device=place.device)
+        offset = torch.tensor([rng.randrange(1500) for _ in batch.said], device=place.device)
         chunk, left, ahead = (rng.choice(x) for x in (cfg.chunks, cfg.lefts, cfg.aheads))
         with place.autocast(), torch.set_grad_enabled(not is_frozen):
             frames = self.encoder.forward_train(padded(mel, ahead), chunk, left, offset, ahead)
         with place.autocast():
             log_probs = self.head(frames)
-        texts = [" ".join(spoken(u.text) for u in s.utterances) for s in streams]
-        known = [i for i, s in enumerate(streams) if s.is_transcribed]
-        ctc = ctc_loss(log_probs[known], [texts[i] for i in known], self.pieces)
+        known = batch.transcribed()
+        texts = [" ".join(spoken(u.text) for u in batch.said[i]) for i in known]
+        ctc = ctc_loss(log_probs[known], texts, self.pieces)
         loss, distil = ctc, torch.zeros(())
-        if not is_frozen and cfg.distil > 0 and self.step % cfg.distil_every == 0:
+        if batch.clean is not None and not is_frozen and self.step % cfg.distil_every == 0:
             with torch.no_grad():
-                clean = mel_of(streams, "clean", place.device)
+                clean = mel_of(batch.clean, place.device)
                 target = self.teacher.forward_train(clean, 0, 0, torch.zeros_like(offset))
             heard = frames[:, ahead : ahead + target.shape[1]]
             distil = distil_loss(heard.float(), target.float())
             loss = ctc + cfg.distil * distil
-        audio_s = sum(len(s.clean) for s in streams) / SAMPLE_RATE_HZ
-        return loss, {"ctc": ctc.item(), "distil": distil.item(), "audio_s": audio_s}
+        return loss, {"ctc": ctc.item(), "distil": distil.item(), "audio_s": batch.audio_s}
 
 
 if __name__ == "__main__":

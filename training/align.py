@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from sparqle_stream.config import FRAMES_PER_CTC
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from sparqle_stream.ctc import CtcHead
     from sparqle_stream.encoder import Encoder
     from training.data import Floats
 
     Transcript = tuple[str, str, object]  # id, text, handle
+    Alignment = tuple[NDArray[np.int64], float]  # last frame of each piece, score
 
 WORDS = "words.jsonl"
 HEARD_AT_ONCE = 240  # recordings in memory
@@ -58,36 +62,66 @@ class AlignedWord:
         return (self.end_frame + 1) * CTC_FRAME_MS
 
 
-def viterbi(log_probs: NDArray[np.float32], pieces: list[int]) -> tuple[NDArray[np.int64], float]:
+def viterbi(log_probs: NDArray[np.float32], pieces: list[int]) -> Alignment:
     """log_probs (T, V), pieces (L) -> last frame of each piece (L), mean log-probability a frame.
 
     Returns a score of -inf when T frames cannot hold the pieces.
     """
-    states = np.full(2 * len(pieces) + 1, BLANK)
-    states[1::2] = pieces
-    n_frames, n_states = len(log_probs), len(states)
-    if n_frames < len(pieces) or not pieces:
-        return np.zeros(len(pieces), np.int64), -np.inf
-    emit = log_probs[:, states]
-    can_skip = np.zeros(n_states, bool)
-    can_skip[3::2] = states[3::2] != states[1:-2:2]
-    score = np.full(n_states, -np.inf, np.float32)
-    score[:2] = emit[0, :2]
-    back = np.zeros((n_frames, n_states), np.int8)
-    for t in range(1, n_frames):
-        one = np.concatenate([[-np.inf], score[:-1]])
-        two = np.where(can_skip, np.concatenate([[-np.inf, -np.inf], score[:-2]]), -np.inf)
-        options = np.stack([score, one, two])
-        back[t] = options.argmax(axis=0)
-        score = options.max(axis=0) + emit[t]
-    state = n_states - 1 if score[-1] >= score[-2] else n_states - 2
-    total = float(score[state]) / n_frames
-    last = np.full(len(pieces), -1)
+    return viterbi_rows(torch.from_numpy(log_probs)[None], [pieces])[0]
+
+
+@torch.no_grad()
+def viterbi_rows(log_probs: Tensor, pieces: Sequence[list[int]]) -> list[Alignment]:
+    """The same for the rows of log_probs (B, T, V) at once, on their device."""
+    n_rows, n_frames, _ = log_probs.shape
+    n_states = torch.tensor([2 * len(row) + 1 for row in pieces])
+    states = torch.full((n_rows, int(n_states.max())), BLANK)
+    for i, row in enumerate(pieces):
+        states[i, 1 : n_states[i] : 2] = torch.tensor(row, dtype=torch.long)
+    can_skip = torch.zeros_like(states, dtype=torch.bool)
+    can_skip[:, 3::2] = states[:, 3::2] != states[:, 1:-2:2]
+    is_none = torch.arange(states.shape[1]) >= n_states[:, None]
+    places = states[:, None].expand(-1, n_frames, -1).to(log_probs.device)
+    emit = log_probs.float().gather(2, places)
+    emit = emit.masked_fill(is_none[:, None].to(emit.device), -torch.inf)
+    score, back = _forward(emit, can_skip.to(emit.device))
+    return _backward(score.cpu().numpy(), back.cpu().numpy(), n_states.numpy())
+
+
+def _forward(emit: Tensor, can_skip: Tensor) -> tuple[Tensor, Tensor]:
+    """emit (B, T, S) -> scores of the last frame (B, S), steps into every state (T, B, S)."""
+    score = torch.full_like(emit[:, 0], -torch.inf)
+    score[:, :2] = emit[:, 0, :2]
+    back = torch.zeros(emit.shape[1], *score.shape, dtype=torch.uint8, device=emit.device)
+    for t in range(1, emit.shape[1]):
+        one = F.pad(score[:, :-1], (1, 0), value=-torch.inf)
+        two = F.pad(one[:, :-1], (1, 0), value=-torch.inf).masked_fill(~can_skip, -torch.inf)
+        best, step = torch.stack([score, one, two]).max(dim=0)
+        back[t] = step
+        score = best + emit[:, t]
+    return score, back
+
+
+def _backward(
+    score: NDArray[np.float32], back: NDArray[np.uint8], n_states: NDArray[np.int64]
+) -> list[Alignment]:
+    """From the better of the last two states of every row back to its first frame."""
+    row, n_frames = np.arange(len(score)), len(back)
+    state = n_states - 1
+    before = np.maximum(n_states - 2, 0)
+    state = np.where(score[row, state] >= score[row, before], state, before)
+    total = score[row, state] / n_frames
+    last = np.full((len(score), n_states.max() // 2 + 1), -1)
     for t in range(n_frames - 1, -1, -1):
-        if state % 2 and last[state // 2] < 0:
-            last[state // 2] = t
-        state -= int(back[t, state])
-    return last, total
+        is_end = (state % 2 == 1) & (last[row, state // 2] < 0)
+        last[row[is_end], state[is_end] // 2] = t
+        state = state - back[t, row, state]
+    n_pieces = n_states // 2
+    is_whole = (n_pieces > 0) & (n_pieces <= n_frames)
+    return [
+        (last[i, :n], float(total[i])) if ok else (np.zeros(n, np.int64), -np.inf)
+        for i, (n, ok) in enumerate(zip(n_pieces, is_whole, strict=True))
+    ]
 
 
 def align_words(
@@ -98,17 +132,30 @@ def align_words(
     A written word may be several spoken ones ("twenty-one") or none ("-"): the latter ends with
     the word before it.
     """
-    written = text.split()
-    spellings = [pieces.encode(spoken(word)) if spoken(word) else [] for word in written]
-    flat = [piece for spelling in spellings for piece in spelling]
-    ends, score = viterbi(log_probs, flat)
-    words, used, end = [], 0, 0
-    for word, spelling in zip(written, spellings, strict=True):
-        used += len(spelling)
-        if spelling:
-            end = int(ends[used - 1]) + CTC_EARLY_FRAMES
-        words.append(AlignedWord(word, min(end, len(log_probs) - 1)))
-    return words, score
+    return align_rows(torch.from_numpy(log_probs)[None], [text], pieces)[0]
+
+
+def align_rows(
+    log_probs: Tensor, texts: Sequence[str], pieces: CtcPieces
+) -> list[tuple[list[AlignedWord], float]]:
+    """`align_words` for the rows of log_probs (B, T, V)."""
+    spelled = [[_spelling(word, pieces) for word in text.split()] for text in texts]
+    flat = [[piece for spelling in row for piece in spelling] for row in spelled]
+    paths = viterbi_rows(log_probs, flat)
+    out = []
+    for text, row, (ends, score) in zip(texts, spelled, paths, strict=True):
+        words, used, end = [], 0, 0
+        for word, spelling in zip(text.split(), row, strict=True):
+            used += len(spelling)
+            if spelling:
+                end = int(ends[used - 1]) + CTC_EARLY_FRAMES
+            words.append(AlignedWord(word, min(end, log_probs.shape[1] - 1)))
+        out.append((words, score))
+    return out
+
+
+def _spelling(word: str, pieces: CtcPieces) -> list[int]:
+    return pieces.encode(spoken(word)) if spoken(word) else []
 
 
 def poor_ids(folder: Path) -> set[str] | None:
@@ -181,6 +228,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"(default: {WORDS} beside the manifest)")
     parser.add_argument("--chunk-ms", type=int, default=0, help="0: full context (default)")
     parser.add_argument("--poor", type=float, default=BAD_ALIGNMENT, help="(default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--resume", action="store_true", help="go on with what is not aligned yet")
     args = parser.parse_args()
     folder = args.source if args.source.is_dir() else args.source.parent
@@ -190,7 +238,7 @@ def main() -> None:
     n, n_poor = len(known), sum(row["is_poor"] for row in known)
     with reported():
         pieces, done = CtcPieces.load(args.pieces), {row["id"] for row in known}
-        ear = load_ear(args.ear, pieces.size)
+        ear = load_ear(args.ear, pieces.size, args.device)
         todo = [one for one in transcripts(args.source) if one[0] not in done]
         # Only now: a misspelt name must not cost what an earlier run has written.
         with out.open("a" if args.resume else "w") as file:

@@ -62,6 +62,7 @@ class JointConfig:
     p_default_delay: float = 0.5
     p_seam: float = 0.25  # rows that start in the middle of a segment, primed with its text
     p_empty: float = 0.06  # rows of noise without words
+    workers: int = 0  # processes that make batches ahead of time: for a GPU
     corrupt_tokens: float = 0.06  # fed-back tokens replaced at random
     blur: float = 0.12  # CTC frames whose posteriors are made unsure by noise and heat
     text_steps: int = 200  # first steps on text alone: reading pieces, before hearing them

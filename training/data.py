@@ -21,11 +21,13 @@ from training.codecs import any_codec
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Sequence
 
     from training.corpus import Clip, Pack
 
 Floats = NDArray[np.float32]
 LONGEST_CHUNK_SAMPLES = 64 * FRAME_SAMPLES
+FFT_SAMPLES = 8192  # lengths of few and small factors: others take thirty times as long
 DRAWS, FIRST_DRAWS = 6, 600  # of clips for the rest of a stream, and for an empty one
 
 
@@ -48,10 +50,24 @@ class Stream:
     noisy: Floats
     utterances: list[Utterance]
 
-    @property
-    def is_transcribed(self) -> bool:
-        """Whether all that is said in it is known; nothing is said in noise."""
-        return all(u.text for u in self.utterances)
+
+@dataclass(slots=True)
+class Batch:
+    """Streams side by side: PCM (B, S) int16 of whole 1280 ms chunks, and what each says."""
+
+    noisy: Tensor
+    clean: Tensor | None  # where somebody asked for it
+    said: list[list[Utterance]]
+    audio_s: float
+
+    def pin_memory(self) -> Batch:
+        """For torch's DataLoader: copies to a GPU that do not wait."""
+        clean = None if self.clean is None else self.clean.pin_memory()
+        return Batch(self.noisy.pin_memory(), clean, self.said, self.audio_s)
+
+    def transcribed(self) -> list[int]:
+        """Rows in which all that is said is known; nothing is said in noise."""
+        return [i for i, said in enumerate(self.said) if all(u.text for u in said)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +83,10 @@ class AugmentConfig:
     telephone: float = 0.1
     room: float = 0.2
     spec: float = 0.3  # SpecAugment, of batches
+    spec_bands: int = 2  # of at most `spec_band` of the 80 mel bands
+    spec_band: int = 16
+    spec_spans: int = 4  # at most, of at most `spec_span` mel frames of 10 ms
+    spec_span: int = 30
     codec: float = 0.0  # mu-law, MP3 or Opus at a low rate (training.codecs)
 
 
@@ -110,7 +130,7 @@ class Augmenter:
         tail = gen.standard_normal(n) * np.exp(-6.9 * np.arange(n) / n)
         tail *= self.rng.uniform(0.1, 0.5) / np.sqrt(np.sum(tail**2))
         tail[0] += 1.0
-        size = len(pcm) + n
+        size = -(-(len(pcm) + n) // FFT_SAMPLES) * FFT_SAMPLES
         wet = np.fft.irfft(np.fft.rfft(pcm, size) * np.fft.rfft(tail, size), size)
         return wet[: len(pcm)].astype(np.float32)
 
@@ -135,8 +155,13 @@ class StreamSampler:
     """Draws clips from weighted packs without repeats (per pass) and joins them into streams."""
 
     def __init__(
-        self, sources: list[tuple[Pack, list[Clip], float]], augment: Augmenter, seconds: float
+        self,
+        sources: list[tuple[Pack, list[Clip], float]],
+        augment: Augmenter,
+        seconds: float,
+        p_empty: float = 0.0,
     ) -> None:
+        """p_empty: share of streams that are noise without words, if the augmenter has noise."""
         for pack, clips, _ in sources:
             if not any(clip.seconds <= seconds for clip in clips):
                 raise ConfigError(
@@ -144,6 +169,7 @@ class StreamSampler:
                     hint="raise stream_s or leave the pack out",
                 )
         self.augment, self.rng, self.seconds = augment, augment.rng, seconds
+        self.p_empty = p_empty if augment.noise else 0.0
         self.shortest_s = max(min(clip.seconds for clip in clips) for _, clips, _ in sources)
         self.sources = [(pack, clips) for pack, clips, _ in sources]
         self.weights = [weight for _, _, weight in sources]
@@ -174,13 +200,15 @@ class StreamSampler:
 
     def stream(self, seconds: float = 0.0) -> Stream:
         """Whole clips with pauses of 10 ms .. 1 s between them, mostly short ones, together of
-        `seconds` (0: the sampler's own). Raises ConfigError where no clip is that short."""
+        `seconds` (0: the sampler's own), or noise. Raises ConfigError if no clip is that short."""
         if 0 < seconds < self.shortest_s:
             raise ConfigError(
                 f"no clip of a source fits into a stream of {seconds} s",
                 hint=f"let lengths_s begin at {self.shortest_s:.1f} or more",
             )
         rng, said = self.rng, list[Utterance]()
+        if self.p_empty and rng.random() < self.p_empty:
+            return self._empty(round((seconds or self.seconds) * SAMPLE_RATE_HZ))
         at = round(rng.uniform(0.05, 0.5) * SAMPLE_RATE_HZ)
         parts = [np.zeros(at, np.float32)]
         limit = round((seconds or self.seconds) * SAMPLE_RATE_HZ)
@@ -195,6 +223,13 @@ class StreamSampler:
             at += len(pcm) + len(pause)
         clean = _fit(np.concatenate(parts), limit)
         return Stream(clean, self.augment.distort(clean), said)
+
+    def _empty(self, n: int) -> Stream:
+        """Noise of any loudness, in which nothing is said."""
+        noise, rng = self.augment.noise, self.rng
+        assert noise is not None
+        pcm = np.resize(noise.pcm(rng.choice(noise.clips)), n)
+        return Stream(pcm, pcm * np.float32(10 ** (rng.uniform(-30, 0) / 20)), [])
 
     def texts(self, n_words: int) -> list[str]:
         """Transcripts without their audio, `n_words` or a little more together."""
@@ -218,23 +253,36 @@ def n_fitting(total_s: float, seconds: float) -> int:
     return max(1, int(total_s / seconds + 1e-6))
 
 
-def stack(streams: list[Stream], which: str) -> Tensor:
-    """PCM (B, S) of `clean` or `noisy`, padded to whole 1280 ms chunks."""
-    longest = max(len(s.clean) for s in streams)
+def stack(recordings: Sequence[Floats]) -> Tensor:
+    """PCM (S,) each -> (B, S), padded to whole 1280 ms chunks."""
+    longest = max(map(len, recordings))
     n = -(-longest // LONGEST_CHUNK_SAMPLES) * LONGEST_CHUNK_SAMPLES
-    return torch.from_numpy(np.stack([_fit(getattr(s, which), n) for s in streams]))
+    return torch.from_numpy(np.stack([_fit(pcm, n) for pcm in recordings]))
 
 
-def spec_augment(mel: Tensor, rng: random.Random, fill: float) -> Tensor:
-    """Two bands and up to four time spans of every row are blanked (Park et al., 2019)."""
-    mel = mel.clone()
-    for row in mel:
-        for _ in range(2):
-            width = rng.randint(0, 16)
-            low = rng.randint(0, mel.shape[2] - width)
-            row[:, low : low + width] = fill
-        for _ in range(rng.randint(0, 4)):
-            width = rng.randint(0, 30)
-            low = rng.randint(0, mel.shape[1] - width)
-            row[low : low + width] = fill
-    return mel
+def side_by_side(streams: list[Stream], *, with_clean: bool) -> Batch:
+    """A batch in 16 bits, which is what the engine hears, and a quarter of what would be moved."""
+    audio_s = sum(len(s.noisy) for s in streams) / SAMPLE_RATE_HZ
+    noisy = _int16(stack([s.noisy for s in streams]))
+    clean = _int16(stack([s.clean for s in streams])) if with_clean else None
+    return Batch(noisy, clean, [s.utterances for s in streams], audio_s)
+
+
+def _int16(pcm: Tensor) -> Tensor:
+    return (pcm * 32767).round_().clamp_(-32768, 32767).to(torch.int16)
+
+
+def spec_augment(mel: Tensor, rng: random.Random, fill: float, cfg: AugmentConfig) -> Tensor:
+    """Bands and time spans of every row of mel (B, T, M) are blanked (Park et al., 2019)."""
+    b, n_frames, n_bands = mel.shape
+    spans, bands = torch.zeros(b, n_frames, 1, dtype=torch.bool), torch.zeros(b, 1, n_bands)
+    for i in range(b):
+        for _ in range(cfg.spec_bands):
+            width = rng.randint(0, cfg.spec_band)
+            low = rng.randint(0, n_bands - width)
+            bands[i, 0, low : low + width] = 1
+        for _ in range(rng.randint(0, cfg.spec_spans)):
+            width = min(n_frames, rng.randint(0, cfg.spec_span))
+            low = rng.randint(0, n_frames - width)
+            spans[i, low : low + width] = True
+    return mel.masked_fill(spans.to(mel.device) | bands.bool().to(mel.device), fill)

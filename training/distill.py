@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparqle_stream.config import SAMPLE_RATE_HZ, SILENT_MEL
+from sparqle_stream.config import SILENT_MEL
 from training.adapt import freeze
 from training.data import AugmentConfig, spec_augment
 from training.hearing import distil_loss, load_ear, load_encoder, mel_of, padded
@@ -47,6 +47,8 @@ class DistillConfig:
     streams: int = 8
     stream_s: float = 12.8
     lengths_s: tuple[float, ...] = ()  # drawn for each batch, of streams * stream_s seconds in all
+    p_empty: float = 0.0  # streams of noise
+    workers: int = 0  # processes that make batches ahead of time: for a GPU
     accumulate: int = 1
     lr: float = 1e-4
     warmup: int = 100
@@ -95,22 +97,25 @@ class Trainer(Run):
         self.student.load_state_dict(weights)
 
     def make_feed(self, share: int) -> Feed:
-        return make_feed(self.cfg, self.cfg.seed + self.step + SHARE_SEED * share)
+        seed = self.cfg.seed + self.step + SHARE_SEED * share
+        return make_feed(self.cfg, seed, with_clean=True)
 
     def warm_up(self, group: int) -> float:
         return min(1.0, (self.step + 1) / self.cfg.warmup)
 
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
         cfg, rng, place = self.cfg, self.rng, self.place
-        streams = self.sampler.batch(cfg.streams, cfg.lengths_s)
-        mel = mel_of(streams, "noisy", place.device)
-        mel = spec_augment(mel, rng, SILENT_MEL) if rng.random() < cfg.augment.spec else mel
-        offset = torch.tensor([rng.randrange(1500) for _ in streams], device=place.device)
+        batch = next(self.batches)
+        mel = mel_of(batch.noisy, place.device)
+        if rng.random() < cfg.augment.spec:
+            mel = spec_augment(mel, rng, SILENT_MEL, cfg.augment)
+        offset = torch.tensor([rng.randrange(1500) for _ in batch.said], device=place.device)
         chunk, left, ahead = (rng.choice(x) for x in (cfg.chunks, cfg.lefts, cfg.aheads))
         with place.autocast():
             frames = self.student.forward_train(padded(mel, ahead), chunk, left, offset, ahead)
         with torch.no_grad():
-            clean = mel_of(streams, "clean", place.device)
+            assert batch.clean is not None
+            clean = mel_of(batch.clean, place.device)
             target = self.teacher.forward_train(clean, 0, 0, torch.zeros_like(offset)).float()
         frames = frames[:, ahead : ahead + target.shape[1]]
         alike = distil_loss(frames.float(), target)
@@ -118,8 +123,7 @@ class Trainer(Run):
         if self.head is not None and cfg.posterior:
             soft = soft_ctc_loss(self.head(frames.float()), self.head(target))
             loss = alike + cfg.posterior * soft
-        audio_s = sum(len(s.clean) for s in streams) / SAMPLE_RATE_HZ
-        return loss, {"frames": alike.item(), "posterior": soft.item(), "audio_s": audio_s}
+        return loss, {"frames": alike.item(), "posterior": soft.item(), "audio_s": batch.audio_s}
 
 
 def start(cfg: DistillConfig, device: str = "cpu") -> Trainer:

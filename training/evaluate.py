@@ -51,10 +51,11 @@ def greedy_texts(
     clips: list[Clip],
     chunk_frames: int,
     ahead: int = 0,
+    device: str = "cpu",
 ) -> list[str]:
     """Greedy CTC text of every clip; chunk_frames 0 is full context, `ahead` in frames."""
-    encoder, head = load_ear(weights, pieces.size)
-    if is_bf16_fast(torch.device("cpu")):
+    encoder, head = load_ear(weights, pieces.size, device)
+    if is_bf16_fast(torch.device(device)):
         encoder.bfloat16()
     recordings = [pack.pcm(clip) for clip in clips]
     heard = posteriors(encoder, head, recordings, chunk_frames, ahead)
@@ -74,6 +75,7 @@ def ear(args: argparse.Namespace) -> dict[str, float]:
         clips,
         args.chunk_ms // 20,
         EncoderConfig().ahead_frames(args.delay_ms),
+        args.device,
     )
     for clip, text in list(zip(clips, texts, strict=True))[: args.show]:
         print(f"  {clip.text}\n> {text}")
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=Path, help="pieces.json (ear)")
     parser.add_argument("--chunk-ms", type=int, default=320, help="0: full context (ear)")
     parser.add_argument("--delay-ms", type=int, default=240)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(ear)")
     parser.add_argument("--vad", default="silero")
     parser.add_argument("--every", type=int, default=1, help="take each n-th clip")
     parser.add_argument("--show", type=int, default=0, help="print this many pairs")

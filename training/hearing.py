@@ -20,7 +20,7 @@ from sparqle_stream.ctc import CtcHead
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.errors import ModelError
 from sparqle_stream.weights import expanded, load_into, part, read_safetensors, whisper_config
-from training.data import Stream, stack
+from training.data import stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,11 +35,13 @@ PAD_FRAMES = 16  # four queries
 
 
 @torch.no_grad()
-def mel_of(streams: list[Stream], which: str, device: torch.device) -> Tensor:
-    """The `clean` or `noisy` audio of streams -> log-mel (B, 2 T, 80) as the engine makes it."""
-    everyone = torch.ones(len(streams), dtype=torch.bool, device=device)
-    state = features.init_state(FeatureConfig(), len(streams), device=device)
-    pcm = stack(streams, which).to(device)
+def mel_of(pcm: Tensor, device: torch.device) -> Tensor:
+    """PCM (B, S) of whole chunks, int16 or -1..1 -> log-mel (B, 2 T, 80) as the engine's."""
+    everyone = torch.ones(len(pcm), dtype=torch.bool, device=device)
+    state = features.init_state(FeatureConfig(), len(pcm), device=device)
+    pcm = pcm.to(device, non_blocking=True)
+    if pcm.dtype == torch.int16:
+        pcm = pcm.float() / 32768
     return features.step(FeatureConfig(), state, pcm, everyone)[1]
 
 
@@ -66,7 +68,7 @@ def load_encoder(path: Path) -> Encoder:
     return encoder
 
 
-def load_ear(path: Path, n_pieces: int) -> tuple[Encoder, CtcHead]:
+def load_ear(path: Path, n_pieces: int, device: str = "cpu") -> tuple[Encoder, CtcHead]:
     """Encoder and CTC head of training.adapt or of a model folder; in float32 whatever is stored.
 
     Raises ModelError for weights that do not fit.
@@ -78,7 +80,9 @@ def load_ear(path: Path, n_pieces: int) -> tuple[Encoder, CtcHead]:
     encoder, head = Encoder(cfg), CtcHead(CtcConfig(cfg.width, hidden, n_pieces))
     load_into(encoder, state)
     load_into(head, ctc)
-    return encoder.eval().requires_grad_(False), head.eval().requires_grad_(False)
+    for module in (encoder, head):
+        module.eval().requires_grad_(False).to(device)
+    return encoder, head
 
 
 def encoder_config(state: dict[str, Tensor], where: Path) -> EncoderConfig:
@@ -105,8 +109,7 @@ def posteriors(
     device = next(encoder.parameters()).device
     for at in range(0, len(order), BATCH):
         batch = order[at : at + BATCH]
-        streams = [Stream(recordings[i], recordings[i], []) for i in batch]
-        mel = padded(mel_of(streams, "clean", device), ahead)
+        mel = padded(mel_of(stack([recordings[i] for i in batch]), device), ahead)
         offset = torch.zeros(len(batch), dtype=torch.long, device=device)
         frames = encoder.forward_train(mel, chunk_frames, LEFT_FRAMES, offset, ahead)
         for i, row in zip(batch, head(frames).cpu()[:, ahead // FRAMES_PER_CTC :], strict=True):

@@ -10,8 +10,8 @@ placed by forced alignment on the streaming posteriors of the same distorted aud
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,10 +28,9 @@ from sparqle_stream.config import (
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import BLANK
 from sparqle_stream.tasks import TRANSCRIBE
-from training.align import BAD_ALIGNMENT, align_words
+from training.align import BAD_ALIGNMENT, align_rows
 from training.bridge import Bridge, JointConfig, load_config
-from training.corpus import Pack
-from training.data import Stream, n_fitting, spec_augment
+from training.data import spec_augment
 from training.hearing import mel_of, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
@@ -40,6 +39,9 @@ from training.rows import Row, interleave, merged
 from training.simulate import simulate
 from training.sources import SHARE_SEED, Feed, make_feed, warn_of_plain
 from training.text import is_spelled_out, written
+
+if TYPE_CHECKING:
+    from training.data import Utterance
 
 FRAME_MS = FRAME_SAMPLES * 1000 // SAMPLE_RATE_HZ
 LONG_WORD_MS = 600  # a word that ends this much after a seam may have begun before it
@@ -55,7 +57,6 @@ class Trainer(Run):
         torch.manual_seed(cfg.seed)
         self.cfg, self.bridge = cfg, Bridge(cfg, bf16=place.bf16).to(place.device)
         self.ready(self.bridge.groups(cfg.lr, cfg.lr_llm))
-        self.noise = Pack(Path(cfg.noise)) if cfg.noise else None
         self.sentences = Path(cfg.text).read_text().splitlines() if cfg.text else []
 
     def weights(self) -> dict[str, Tensor]:
@@ -70,56 +71,43 @@ class Trainer(Run):
     def warm_up(self, group: int) -> float:
         return min(1.0, (self.step + 1) / self.cfg.warmup)
 
-    def draw_streams(self) -> list[Stream]:
-        """A batch of one length, which is drawn where the config has several."""
-        cfg = self.cfg
-        if not cfg.lengths_s:
-            return [self.draw(cfg.stream_s) for _ in range(cfg.streams)]
-        seconds = self.rng.choice(cfg.lengths_s)
-        n_streams = n_fitting(cfg.streams * cfg.stream_s, seconds)
-        return [self.draw(seconds) for _ in range(n_streams)]
-
-    def draw(self, seconds: float) -> Stream:
-        """A stream of speech, or of noise that must stay without words."""
-        if self.noise is None or self.rng.random() > self.cfg.p_empty:
-            return self.sampler.stream(seconds)
-        n = round(seconds * SAMPLE_RATE_HZ)
-        pcm = np.resize(self.noise.pcm(self.rng.choice(self.noise.clips)), n)
-        gain = np.float32(10 ** (self.rng.uniform(-30, 0) / 20))
-        return Stream(pcm, pcm * gain, [])
-
     @torch.no_grad()
-    def listen(self, streams: list[Stream], chunk: int, ahead: int) -> tuple[Tensor, Tensor]:
-        """Distorted audio through the frozen ear -> frames (B, T, W), log-probs (B, T / 2, V)."""
-        mel = mel_of(streams, "noisy", self.place.device)
+    def listen(self, pcm: Tensor, chunk: int, ahead: int) -> tuple[Tensor, Tensor]:
+        """PCM (B, S) through the frozen ear -> frames (B, T, W), log-probs (B, T / 2, V)."""
+        mel = mel_of(pcm, self.place.device)
         if self.rng.random() < self.cfg.augment.spec:
-            mel = spec_augment(mel, self.rng, SILENT_MEL)
-        offset = torch.tensor([self.rng.randrange(1500) for _ in streams], device=mel.device)
+            mel = spec_augment(mel, self.rng, SILENT_MEL, self.cfg.augment)
+        offset = torch.tensor([self.rng.randrange(1500) for _ in pcm], device=mel.device)
         frames = self.bridge.encoder.forward_train(padded(mel, ahead), chunk, 256, offset, ahead)
         return frames, self.bridge.ctc(frames)
 
-    def place_words(self, stream: Stream, log_probs: Tensor) -> list[tuple[list[int], int]] | None:
-        """Token ids and end (ms) of every word; None where nobody knows them for sure."""
-        if not stream.is_transcribed:
-            return None
-        text = " ".join(written(u.text) for u in stream.utterances)
-        if not text:
-            return []
-        words, score = align_words(log_probs.cpu().numpy(), text, self.bridge.pieces)
-        if score < BAD_ALIGNMENT:
-            return None
-        return [(self._tokens(word.text), word.end_ms) for word in words]
+    def place_words(
+        self, said: list[list[Utterance]], log_probs: Tensor
+    ) -> list[list[tuple[list[int], int]] | None]:
+        """Token ids and end (ms) of every word of each row, log_probs (B, T / 2, V).
 
-    def draw_task(self, stream: Stream) -> str:
-        """One of the config's tasks that everything said in the stream has a target for."""
+        None for a row whose words nobody knows for sure, so far as posteriors can tell.
+        """
+        texts = [" ".join(written(u.text) for u in row) for row in said]
+        found: list[list[tuple[list[int], int]] | None] = []
+        for words, score in align_rows(log_probs, texts, self.bridge.pieces):
+            is_sure = score >= BAD_ALIGNMENT or not words
+            placed = [(self._tokens(word.text), word.end_ms) for word in words]
+            found.append(placed if is_sure else None)
+        return found
+
+    def draw_task(self, said: list[Utterance]) -> str:
+        """One of the config's tasks that everything said in a stream has a target for."""
         can = [
             task
             for task in self.cfg.tasks
-            if task == TRANSCRIBE or all(task in u.targets for u in stream.utterances)
+            if task == TRANSCRIBE or all(task in u.targets for u in said)
         ]
-        return self.rng.choice(can) if can and stream.utterances else TRANSCRIBE
+        return self.rng.choice(can) if can and said else TRANSCRIBE
 
-    def place_target(self, stream: Stream, task: str, late_ms: int) -> list[tuple[list[int], int]]:
+    def place_target(
+        self, said: list[Utterance], task: str, late_ms: int
+    ) -> list[tuple[list[int], int]]:
         """Token ids and end (ms) of the words of a target: all are due when an utterance is over.
 
         Translations change the order of words, and nobody answers in the middle of a question.
@@ -127,7 +115,7 @@ class Trainer(Run):
         """
         return [
             (self._tokens(word), u.end * 1000 // SAMPLE_RATE_HZ + late_ms)
-            for u in stream.utterances
+            for u in said
             for word in u.targets[task].split()
         ]
 
@@ -177,16 +165,17 @@ class Trainer(Run):
     def hear_batch(self) -> tuple[Tensor, list[Row]]:
         """Queries (B, Q, E) of distorted audio, and the rows that are to be written."""
         cfg, bridge = self.cfg, self.bridge
-        streams = self.draw_streams()
+        batch = next(self.batches)
         chunk, ahead = self.rng.choice(cfg.chunks), self.rng.choice(cfg.aheads)
-        frames, log_probs = self.listen(streams, chunk, ahead)
+        frames, log_probs = self.listen(batch.noisy, chunk, ahead)
+        known = batch.transcribed()
+        placed = self.place_words([batch.said[i] for i in known], log_probs[known])
+        of_row = dict(zip(known, placed, strict=True))
         keep, rows, delays = [], [], []
-        for i, stream in enumerate(streams):
-            task = self.draw_task(stream)
-            if task == TRANSCRIBE:
-                words = self.place_words(stream, log_probs[i])
-            else:
-                words = self.place_target(stream, task, ahead * FRAME_MS)
+        for i, said in enumerate(batch.said):
+            task, words = self.draw_task(said), of_row.get(i)
+            if task != TRANSCRIBE:
+                words = self.place_target(said, task, ahead * FRAME_MS)
             if words is None:
                 continue
             delay = self.pick_wait(ahead)

@@ -93,7 +93,7 @@ class Run(ABC):
 
     @abstractmethod
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one share, from `self.rng` and `self.sampler`, and what goes into the log.
+        """The loss of one share, from `self.rng` and `self.batches`, and what goes into the log.
 
         A loss without a gradient teaches nothing.
         """
@@ -109,7 +109,7 @@ class Run(ABC):
         self._use(self.feeds[0])
 
     def _use(self, feed: Feed) -> None:
-        self.rng, self.sampler = feed.rng, feed.sampler
+        self.rng, self.sampler, self.batches = feed.rng, feed.sampler, feed.batches
 
     def train_step(self) -> dict[str, float]:
         """One update from all shares of a batch; what goes into the log."""
@@ -159,8 +159,9 @@ class Run(ABC):
     def _follow(self) -> None:
         """Exponential moving average; short at first so that it does not remember the start."""
         decay = min(self.ema, (1 + self.step) / (10 + self.step))
-        for key, value in self.weights().items():
-            self.average[key].lerp_(value, 1 - decay)
+        now = self.weights()
+        average = [self.average[key] for key in now]
+        torch._foreach_lerp_(average, list(now.values()), 1 - decay)  # all in a launch or two
 
     def save(self, work: Path) -> None:
         """last.pt, replaced at once or not at all, and the averaged weights."""

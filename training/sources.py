@@ -1,6 +1,6 @@
 """Sources: which packs a run draws from, how often, and which of their clips.
 
-Contract: the same sources, seed and share give the same streams again.
+Contract: the same sources, seed, share and number of workers give the same streams again.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ import logging
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sparqle_stream.errors import ConfigError
 from training.align import poor_ids
 from training.corpus import Pack
-from training.data import Augmenter, StreamSampler
+from training.data import Augmenter, Batch, StreamSampler, side_by_side
 from training.text import is_plain, is_spelled_out
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from training.corpus import Clip
     from training.data import AugmentConfig
 
@@ -26,6 +31,8 @@ logger = logging.getLogger(__name__)
 LONGEST_CLIP_S = 20.0
 PLAIN_SHARE = 0.5  # of a pack's transcripts, from which on it is told
 SHARE_SEED = 1_000_003  # apart from the seeds of neighbouring steps
+WORKER_SEED = 7_000_003
+BATCHES_AHEAD = 4  # of each worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,7 @@ class Feed:
 
     rng: random.Random
     sampler: StreamSampler
+    batches: Iterator[Batch]
 
 
 def usable(clip: Clip) -> bool:
@@ -97,15 +105,72 @@ class Draws(Protocol):
     @property
     def stream_s(self) -> float: ...
 
+    @property
+    def lengths_s(self) -> tuple[float, ...]: ...
 
-def make_feed(cfg: Draws, seed: int) -> Feed:
-    """Streams of a config's sources, and choices that do not repeat the sampler's."""
-    sampler = make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed)
-    return Feed(random.Random(seed + 1), sampler)
+    @property
+    def streams(self) -> int: ...
+
+    @property
+    def p_empty(self) -> float: ...
+
+    @property
+    def workers(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batches(IterableDataset[Batch]):
+    """Batches without end of a config's sources; each worker of a DataLoader draws its own."""
+
+    cfg: Draws
+    seed: int
+    with_clean: bool
+
+    def sampler(self, worker: int = 0) -> StreamSampler:
+        cfg, seed = self.cfg, self.seed + WORKER_SEED * worker
+        return make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed, cfg.p_empty)
+
+    def drawn(self, sampler: StreamSampler) -> Iterator[Batch]:
+        while True:
+            streams = sampler.batch(self.cfg.streams, self.cfg.lengths_s)
+            yield side_by_side(streams, with_clean=self.with_clean)
+
+    def __iter__(self) -> Iterator[Batch]:
+        me = get_worker_info()
+        return self.drawn(self.sampler(me.id if me else 0))
+
+
+def make_feed(cfg: Draws, seed: int, *, with_clean: bool = False) -> Feed:
+    """Streams of a config's sources, and choices that do not repeat the sampler's.
+
+    With `workers` other processes make batches ahead of time, in turns: their order is known.
+    """
+    made = Batches(cfg, seed, with_clean)
+    sampler = made.sampler()
+    if not cfg.workers:
+        return Feed(random.Random(seed + 1), sampler, made.drawn(sampler))
+    loader = DataLoader(
+        made,
+        batch_size=None,
+        num_workers=cfg.workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=BATCHES_AHEAD,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return Feed(random.Random(seed + 1), sampler, iter(loader))
+
+
+def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - DataLoader believes in lists
+    return batch
 
 
 def make_sampler(
-    sources: tuple[Source, ...], noise: str, augment: AugmentConfig, stream_s: float, seed: int
+    sources: tuple[Source, ...],
+    noise: str,
+    augment: AugmentConfig,
+    stream_s: float,
+    seed: int,
+    p_empty: float = 0.0,
 ) -> StreamSampler:
     rng = random.Random(seed)
     parts = []
@@ -113,4 +178,4 @@ def make_sampler(
         pack = Pack(Path(source.pack))
         parts.append((pack, clips_of(source, pack), source.weight))
     augmenter = Augmenter(augment, Pack(Path(noise)) if noise else None, rng)
-    return StreamSampler(parts, augmenter, stream_s)
+    return StreamSampler(parts, augmenter, stream_s, p_empty)

@@ -52,6 +52,8 @@ class Stage1Config:
     streams: int = 16  # pairs: the negatives of one another
     stream_s: float = 6.4
     lengths_s: tuple[float, ...] = ()
+    p_empty: float = 0.0  # streams of noise
+    workers: int = 0  # processes that make batches ahead of time: for a GPU
     accumulate: int = 1
     lr: float = 5e-4
     warmup: int = 50
@@ -210,15 +212,17 @@ class Trainer(Run):
 
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
         cfg, model, place, rng = self.cfg, self.model, self.place, self.rng
-        streams = [s for s in self.sampler.batch(cfg.streams, cfg.lengths_s) if s.is_transcribed]
-        texts = [spoken(" ".join(u.text for u in s.utterances)) for s in streams]
-        if not streams:
+        batch = next(self.batches)
+        known = batch.transcribed()
+        texts = [spoken(" ".join(u.text for u in batch.said[i])) for i in known]
+        if not known:
             return torch.zeros(()), {}
         chunk = rng.choice(cfg.chunks)
         with torch.no_grad():
-            mel = mel_of(streams, "noisy", place.device)
-            mel = spec_augment(mel, rng, SILENT_MEL) if rng.random() < cfg.augment.spec else mel
-            offset = torch.tensor([rng.randrange(1500) for _ in streams], device=place.device)
+            mel = mel_of(batch.noisy[known], place.device)
+            if rng.random() < cfg.augment.spec:
+                mel = spec_augment(mel, rng, SILENT_MEL, cfg.augment)
+            offset = torch.tensor([rng.randrange(1500) for _ in known], device=place.device)
             ahead = rng.choice(cfg.aheads)
             mel = padded(mel, ahead)
             frames = model.encoder.forward_train(mel, chunk, LEFT_FRAMES, offset, ahead)

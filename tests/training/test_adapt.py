@@ -80,6 +80,35 @@ def copy_of(weights):
     return {name: value.clone() for name, value in weights.items()}
 
 
+def test_workers_draw_the_same_again(pack, pieces):
+    """Two processes take turns: a run with them can be repeated, and hears what one would not."""
+    drawn = [
+        make_trainer(config(pack, workers=n, noise="", seed=4), pieces).batches for n in (2, 2, 0)
+    ]
+    first, again, alone = ([next(batches).noisy for _ in range(3)] for batches in drawn)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[0], alone[0])
+    assert not torch.equal(first[1], alone[1])
+
+
+def test_dropout_is_for_training_only(pieces):
+    """What a sub-layer adds is dropped in part, scaled so that its mean stays."""
+    encoder, mel = Encoder(TINY), torch.randn(1, 64, 80, generator=torch.Generator().manual_seed(0))
+    offset = torch.zeros(1, dtype=torch.long)
+    whole = encoder.eval().forward_train(mel, 8, 32, offset)
+    adapt.add_dropout(encoder, 0.5)
+    assert torch.equal(encoder.forward_train(mel, 8, 32, offset), whole)
+    encoder.train()
+    torch.manual_seed(0)
+    assert not torch.equal(encoder.forward_train(mel, 8, 32, offset), whole)
+    x = encoder.blocks[0].fc2(torch.ones(1000, 64))
+    kept = x != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(
+        x[kept], 2 * encoder.blocks[0].eval().fc2(torch.ones(1000, 64))[kept]
+    )
+
+
 def test_ctc_loss_sums_over_all_paths(pieces):
     """Against every path written out; per piece of the batch; an empty row is all blank."""
     n_frames, text = 4, "z"  # a letter that no text has: the mark of a word, then the letter
@@ -238,7 +267,7 @@ def test_a_run_can_begin_with_the_ear_of_a_model_folder(pack, pieces, tmp_path):
     save_file(stored, tmp_path / "ear.safetensors")
     pieces.tokenizer.save(str(tmp_path / "pieces.json"))
     own = {"pieces": str(tmp_path / "pieces.json"), "ear": str(tmp_path / "ear.safetensors")}
-    trainer = Trainer.start(config(pack, head_steps=0, **own))
+    trainer = Trainer.start(config(pack, head_steps=0, bf16=False, **own))
     weights = copy_of(trainer.weights())
     for name, value in encoder.state_dict().items():
         assert torch.allclose(weights[f"encoder.{name}"], value, atol=0.01), name

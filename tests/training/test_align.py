@@ -151,7 +151,7 @@ def spelled(pieces, monkeypatch, tmp_path):
         for name, text in (("right", "The dogs sat."), ("wrong", "off exulting"), ("none", "")):
             facts = {"speaker": "s", "corpus": "c", "licence": "l"}
             writer.add(np.zeros(640 * len(log_probs), np.int16), id=name, text=text, **facts)
-    monkeypatch.setattr(hearing, "load_ear", lambda path, n_pieces: (None, None))
+    monkeypatch.setattr(hearing, "load_ear", lambda *_: (None, None))
     heard = torch.from_numpy(log_probs)
     monkeypatch.setattr(
         hearing, "posteriors", lambda e, h, pcm, chunk: ((i, heard) for i in range(len(pcm)))
@@ -207,7 +207,7 @@ def test_a_wrong_option_leaves_what_was_aligned(spelled, monkeypatch, capsys):
     run_align(monkeypatch, folder)
     written = (folder / align.WORDS).read_text()
 
-    def load_ear(path, n_pieces):
+    def load_ear(path, n_pieces, device):
         raise ModelError(f"cannot read {path}", hint="")
 
     monkeypatch.setattr(hearing, "load_ear", load_ear)

@@ -126,9 +126,9 @@ def test_a_length_that_holds_no_clip_is_refused(pack):
 def test_a_stream_is_transcribed_when_all_of_it_is():
     pcm = np.zeros(1, np.float32)
     known, unknown = Utterance(0, 1, "so", "a"), Utterance(0, 1, "", "b")
-    assert Stream(pcm, pcm, [known, known]).is_transcribed
-    assert Stream(pcm, pcm, []).is_transcribed  # noise: nothing is said
-    assert not Stream(pcm, pcm, [known, unknown]).is_transcribed
+    said = [[known, known], [], [known, unknown]]  # nothing is said in noise
+    batch = data.side_by_side([Stream(pcm, pcm, row) for row in said], with_clean=False)
+    assert batch.transcribed() == [0, 1]
 
 
 # --- distortions ---------------------------------------------------------------------------------
@@ -214,16 +214,33 @@ def test_speed_changes_length_and_pitch_together():
 
 def test_rows_are_padded_to_whole_chunks_of_any_size():
     """1280 ms is a multiple of every chunk that training draws."""
-    streams = [Stream(np.ones(n, np.float32), np.zeros(n, np.float32), []) for n in (5, 20_481)]
-    rows = data.stack(streams, "clean")
+    rows = data.stack([np.ones(n, np.float32) for n in (5, 20_481)])
     assert rows.shape == (2, 2 * 20_480)
     assert rows.sum(dim=1).tolist() == [5, 20_481]
-    assert not data.stack(streams, "noisy").any()
+
+
+def test_a_batch_is_what_the_engine_hears_in_16_bits():
+    clean, noisy = np.full(5, 0.5, np.float32), np.full(5, -1.0, np.float32)
+    streams = [Stream(clean, noisy, []), Stream(noisy, clean, [Utterance(0, 5, "so", "a")])]
+    batch = data.side_by_side(streams, with_clean=True)
+    assert batch.noisy.dtype == batch.clean.dtype == torch.int16
+    assert batch.noisy[:, :5].tolist() == [[-32767] * 5, [16384] * 5]
+    assert batch.clean[0, :6].tolist() == [16384] * 5 + [0]
+    assert batch.audio_s == 10 / RATE_HZ
+    assert data.side_by_side(streams, with_clean=False).clean is None
+
+
+def test_a_share_of_the_streams_is_noise_without_words(pack, noise):
+    augment = Augmenter(CLEAN, noise, random.Random(3))
+    made = StreamSampler([(pack, pack.clips, 1.0)], augment, 3.0, p_empty=0.3)
+    empty = [not made.stream().utterances for _ in range(200)]
+    assert 0.2 < np.mean(empty) < 0.4
+    assert all(made.stream(1.0).noisy.shape == (RATE_HZ,) for _ in range(9))
 
 
 def test_spec_augment_blanks_bands_and_spans_only():
     mel = torch.rand(6, 400, 80) + 1.0
-    out = data.spec_augment(mel, random.Random(0), fill=-0.5)
+    out = data.spec_augment(mel, random.Random(0), -0.5, AugmentConfig())
     assert (mel >= 1.0).all()  # the input is left alone
     blank = out == -0.5
     assert torch.equal(out[~blank], mel[~blank])

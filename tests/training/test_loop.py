@@ -44,7 +44,7 @@ class Fit(Run):
         self.line.load_state_dict({k: v for k, v in weights.items() if k != "rare"})
 
     def make_feed(self, share):
-        return Feed(random.Random(100 * self.step + share), None)
+        return Feed(random.Random(100 * self.step + share), None, iter(()))
 
     def warm_up(self, group):
         return 1.0

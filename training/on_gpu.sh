@@ -38,15 +38,17 @@ stage() { # NAME COMMAND...: asked to save and stop when the time is over
 }
 
 packed() { # FOLDER: all of its sources side by side
-  local jobs=() source
+  local jobs=() source job
   for source in "$1"/*/manifest.jsonl; do
     [[ -e $source ]] || continue
     source=$(basename "$(dirname "$source")")
     [[ -e packs/$source/index.jsonl ]] && continue
     "$python" -m training.prepare pack --resume "packs/$source" "$1/$source" 2>"packs/$source.log" &
-    jobs+=($!)
+    jobs+=("$! $source")
   done
-  for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job" || exit 1; done
+  for job in ${jobs[@]+"${jobs[@]}"}; do
+    wait "${job%% *}" || { echo "error: ${job#* }: see $PWD/packs/${job#* }.log" >&2; exit 1; }
+  done
 }
 
 mkdir -p packs

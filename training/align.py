@@ -74,6 +74,8 @@ def viterbi(log_probs: NDArray[np.float32], pieces: list[int]) -> Alignment:
 def viterbi_rows(log_probs: Tensor, pieces: Sequence[list[int]]) -> list[Alignment]:
     """The same for the rows of log_probs (B, T, V) at once, on their device."""
     n_rows, n_frames, _ = log_probs.shape
+    if not n_rows or not n_frames:
+        return [(np.zeros(len(row), np.int64), -np.inf) for row in pieces]
     n_states = torch.tensor([2 * len(row) + 1 for row in pieces])
     states = torch.full((n_rows, int(n_states.max())), BLANK)
     for i, row in enumerate(pieces):

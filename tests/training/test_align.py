@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.pieces import BLANK, greedy_path
 from training import align
-from training.align import BAD_ALIGNMENT, CTC_EARLY_FRAMES, align_words, viterbi
+from training.align import BAD_ALIGNMENT, CTC_EARLY_FRAMES, align_words, viterbi, viterbi_rows
 from training.corpus import Pack
 from training.sources import Source, clips_of
 from training.text import train_pieces
@@ -86,6 +86,21 @@ def test_a_text_that_does_not_fit_has_no_score():
     assert viterbi(log_probs, [1, 2, 1, 2])[1] == -np.inf
     assert viterbi(log_probs, [1, 1, 1])[1] == -np.inf  # two blanks are missing
     assert viterbi(log_probs, [])[1] == -np.inf
+    assert viterbi(log_probs[:0], [1])[1] == -np.inf
+
+
+def test_rows_at_once_are_rows_alone():
+    """Whatever the lengths of the texts beside it; no rows are no work."""
+    gen = torch.Generator().manual_seed(2)
+    log_probs = torch.randn(4, 30, 9, generator=gen).log_softmax(dim=-1)
+    pieces = [[3, 3, 1], [5], list(range(1, 9)) * 2, []]
+    for (ends, score), row, of_row in zip(
+        viterbi_rows(log_probs, pieces), log_probs, pieces, strict=True
+    ):
+        alone, alone_score = viterbi(row.numpy(), of_row)
+        assert ends.tolist() == alone.tolist()
+        assert score == alone_score
+    assert viterbi_rows(log_probs[:0], []) == []
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def of_chunk(model: Model, chunk_ms: int, read_gb_s: float | None = None) -> dic
         "read_gb_per_s": round(bandwidth, 1),
         **{f"{part}_mb": round(mb, 1) for part, mb in sizes.items()},
         "chunk_ms_at_least": round(least_ms, 2),
-        "rtf_at_least": round(least_ms / chunk_ms, 4),
+        "rtf_at_least": float(f"{least_ms / chunk_ms:.3g}"),  # of a tiny model it is no zero
     }
 
 

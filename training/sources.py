@@ -5,9 +5,11 @@ Contract: the same sources, seed, share and number of workers give the same stre
 
 from __future__ import annotations
 
+import atexit
 import logging
 import random
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -149,6 +151,7 @@ def make_feed(cfg: Draws, seed: int, *, with_clean: bool = False) -> Feed:
     sampler = made.sampler()
     if not cfg.workers:
         return Feed(random.Random(seed + 1), sampler, made.drawn(sampler))
+    _forget_shared_memory_at_exit()
     loader = DataLoader(
         made,
         batch_size=None,
@@ -158,6 +161,14 @@ def make_feed(cfg: Draws, seed: int, *, with_clean: bool = False) -> Feed:
         pin_memory=torch.cuda.is_available(),
     )
     return Feed(random.Random(seed + 1), sampler, iter(loader))
+
+
+@cache
+def _forget_shared_memory_at_exit() -> None:
+    """torch lets go of what workers sent when half of torch is gone, and says so for each batch."""
+    from torch.multiprocessing import reductions
+
+    atexit.register(reductions.shared_cache.clear)
 
 
 def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - DataLoader believes in lists

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from sparqle_stream.captioning import CaptionStream, OnEvent
-    from sparqle_stream.formats import Writer
     from sparqle_stream.messages import Event
     from sparqle_stream.outputs import Outputs
     from sparqle_stream.sources import Source
@@ -73,12 +72,13 @@ def transcribe(
     with StopSignals() as stop, ProgressBar() as bar:
         for name, total_s in seconds.items():
             bar.start(name, total_s)
+            said = WordsSeen()
             try:
                 with outputs.open(name) as writer:
                     Captioning(
                         open_stream,
                         open_source(name, pipe_format),
-                        Listener(_both(writer, bar), bar.heard),
+                        Listener(_all(writer.add, bar.event, said.event), bar.heard),
                         is_stopped=stop,
                         room_s=room_s,
                     ).run()
@@ -86,16 +86,28 @@ def transcribe(
                 raise
             except SparqleError as err:
                 on_error(name, err)
+            else:
+                if not (said.any or stop()):
+                    sys.stderr.write(f"note: no words were heard in {name}\n")
             if stop():
                 raise KeyboardInterrupt
 
 
-def _both(writer: Writer, bar: ProgressBar) -> Callable[[Event, float], None]:
+def _all(*told: Callable[[Event], None]) -> Callable[[Event, float], None]:
     def on_event(event: Event, _arrived: float) -> None:
-        writer.add(event)
-        bar.event(event)
+        for tell in told:
+            tell(event)
 
     return on_event
+
+
+class WordsSeen:
+    """Whether anything was captioned: an empty output may be music, or a mistake."""
+
+    any = False
+
+    def event(self, event: Event) -> None:
+        self.any = self.any or (isinstance(event, messages.Final) and bool(event.text.strip()))
 
 
 class ProgressBar:

@@ -221,6 +221,14 @@ def test_a_file_becomes_text(run, talk):
     assert run("transcribe", talk, *SPOKEN).out == done.out
 
 
+def test_a_file_without_words_is_told_of(run, tmp_path):
+    """An empty output could as well be a mistake."""
+    quiet = save(tmp_path / "quiet.wav", [])
+    done = run(quiet, *SPOKEN)
+    assert (done.status, done.out.strip()) == (0, "")
+    assert done.err == f"note: no words were heard in {quiet}\n"
+
+
 def test_jsonl_has_words_with_times_and_is_the_same_for_any_chunk(run, talk):
     found = json.loads(run(talk, *SPOKEN, "--format", "jsonl").out)
     assert found["file"] == talk

@@ -222,9 +222,7 @@ def test_a_file_becomes_text(run, talk):
 
 
 def test_a_file_without_words_is_told_of(run, tmp_path):
-    """An empty output could as well be a mistake."""
-    quiet = save(tmp_path / "quiet.wav", [])
-    done = run(quiet, *SPOKEN)
+    done = run(quiet := save(tmp_path / "quiet.wav", []), *SPOKEN)
     assert (done.status, done.out.strip()) == (0, "")
     assert done.err == f"note: no words were heard in {quiet}\n"
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparqle_stream.config import SILENT_MEL, CtcConfig
+from sparqle_stream.config import CtcConfig
 from sparqle_stream.ctc import CtcHead
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.weights import part
-from training.data import AugmentConfig, spec_augment
-from training.hearing import distil_loss, load_ear, load_encoder, mel_of, padded
+from training.data import AugmentConfig
+from training.hearing import distil_loss, hear, load_ear, load_encoder, mel_of, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
@@ -170,11 +170,8 @@ class Trainer(Run):
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
         cfg, rng, place = self.cfg, self.rng, self.place
         batch = next(self.batches)
-        mel = mel_of(batch.noisy, place.device)
-        if rng.random() < cfg.augment.spec:
-            mel = spec_augment(mel, rng, SILENT_MEL, cfg.augment)
+        mel, offset = hear(batch.noisy, rng, cfg.augment, place.device)
         is_frozen = self.step < cfg.head_steps
-        offset = torch.tensor([rng.randrange(1500) for _ in batch.said], device=place.device)
         chunk, left, ahead = (rng.choice(x) for x in (cfg.chunks, cfg.lefts, cfg.aheads))
         with place.autocast(), torch.set_grad_enabled(not is_frozen):
             frames = self.encoder.forward_train(padded(mel, ahead), chunk, left, offset, ahead)

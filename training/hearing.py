@@ -20,15 +20,17 @@ from sparqle_stream.ctc import CtcHead
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.errors import ModelError
 from sparqle_stream.weights import expanded, load_into, part, read_safetensors, whisper_config
-from training.data import stack
+from training.data import spec_augment, stack
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from training.data import Floats
+    from training.data import AugmentConfig, Floats
 
 LEFT_FRAMES = 256
+N_POSITIONS = EncoderConfig().n_positions
 BATCH = 12  # recordings of like length that are heard together
 CTC_SAMPLES = 640  # one CTC frame, 40 ms
 PAD_FRAMES = 16  # four queries
@@ -43,6 +45,17 @@ def mel_of(pcm: Tensor, device: torch.device) -> Tensor:
     if pcm.dtype == torch.int16:
         pcm = pcm.float() / 32768
     return features.step(FeatureConfig(), state, pcm, everyone)[1]
+
+
+def hear(
+    pcm: Tensor, rng: random.Random, augment: AugmentConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What a student gets of PCM (B, S): log-mel (B, 2 T, 80), in a share of the batches with
+    SpecAugment, and the position (B,) at which each row begins."""
+    mel = mel_of(pcm, device)
+    if rng.random() < augment.spec:
+        mel = spec_augment(mel, rng, SILENT_MEL, augment)
+    return mel, torch.tensor([rng.randrange(N_POSITIONS) for _ in pcm], device=device)
 
 
 def padded(mel: Tensor, ahead: int) -> Tensor:

@@ -22,7 +22,6 @@ from sparqle_stream.config import (
     FRAMES_PER_QUERY,
     QUERY_MS,
     SAMPLE_RATE_HZ,
-    SILENT_MEL,
     StreamOptions,
 )
 from sparqle_stream.errors import ConfigError
@@ -30,8 +29,7 @@ from sparqle_stream.pieces import BLANK
 from sparqle_stream.tasks import TRANSCRIBE
 from training.align import BAD_ALIGNMENT, align_rows
 from training.bridge import Bridge, JointConfig, load_config
-from training.data import spec_augment
-from training.hearing import mel_of, padded
+from training.hearing import hear, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.prompts import draw_instruction
@@ -74,10 +72,7 @@ class Trainer(Run):
     @torch.no_grad()
     def listen(self, pcm: Tensor, chunk: int, ahead: int) -> tuple[Tensor, Tensor]:
         """PCM (B, S) through the frozen ear -> frames (B, T, W), log-probs (B, T / 2, V)."""
-        mel = mel_of(pcm, self.place.device)
-        if self.rng.random() < self.cfg.augment.spec:
-            mel = spec_augment(mel, self.rng, SILENT_MEL, self.cfg.augment)
-        offset = torch.tensor([self.rng.randrange(1500) for _ in pcm], device=mel.device)
+        mel, offset = hear(pcm, self.rng, self.cfg.augment, self.place.device)
         frames = self.bridge.encoder.forward_train(padded(mel, ahead), chunk, 256, offset, ahead)
         return frames, self.bridge.ctc(frames)
 
@@ -168,12 +163,13 @@ class Trainer(Run):
         batch = next(self.batches)
         chunk, ahead = self.rng.choice(cfg.chunks), self.rng.choice(cfg.aheads)
         frames, log_probs = self.listen(batch.noisy, chunk, ahead)
-        known = batch.transcribed()
-        placed = self.place_words([batch.said[i] for i in known], log_probs[known])
-        of_row = dict(zip(known, placed, strict=True))
+        tasks = [self.draw_task(said) for said in batch.said]
+        spoken = [i for i in batch.transcribed() if tasks[i] == TRANSCRIBE]
+        placed = self.place_words([batch.said[i] for i in spoken], log_probs[spoken])
+        of_row = dict(zip(spoken, placed, strict=True))
         keep, rows, delays = [], [], []
-        for i, said in enumerate(batch.said):
-            task, words = self.draw_task(said), of_row.get(i)
+        for i, (said, task) in enumerate(zip(batch.said, tasks, strict=True)):
+            words = of_row.get(i)
             if task != TRANSCRIBE:
                 words = self.place_target(said, task, ahead * FRAME_MS)
             if words is None:

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparqle_stream.config import SILENT_MEL, QFormerConfig
+from sparqle_stream.config import QFormerConfig
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.qformer import QFormer
 from training import losses
-from training.data import AugmentConfig, spec_augment
-from training.hearing import LEFT_FRAMES, load_ear, mel_of, padded
+from training.data import AugmentConfig
+from training.hearing import LEFT_FRAMES, hear, load_ear, padded
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
@@ -219,10 +219,7 @@ class Trainer(Run):
             return torch.zeros(()), {}
         chunk = rng.choice(cfg.chunks)
         with torch.no_grad():
-            mel = mel_of(batch.noisy[known], place.device)
-            if rng.random() < cfg.augment.spec:
-                mel = spec_augment(mel, rng, SILENT_MEL, cfg.augment)
-            offset = torch.tensor([rng.randrange(1500) for _ in known], device=place.device)
+            mel, offset = hear(batch.noisy[known], rng, cfg.augment, place.device)
             ahead = rng.choice(cfg.aheads)
             mel = padded(mel, ahead)
             frames = model.encoder.forward_train(mel, chunk, LEFT_FRAMES, offset, ahead)

@@ -118,6 +118,10 @@ class Session:
         self._vad, found = vad.step(self._detector, self._vad, pcm)
         return found
 
+    def asked(self, pcm: Floats) -> tuple[vad.Detector, vad.VadState, Floats]:
+        """For `vad.foresee`: pcm (S,) is what `listen` will be given next."""
+        return self._detector, self._vad, pcm
+
     def flush(self) -> list[vad.SegmentEvent]:
         """Ends the open segment, so that its last words come out; for `enqueue`."""
         self._vad, found = vad.flush(self._detector, self._vad)

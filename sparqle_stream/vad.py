@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from sparqle_stream.config import SAMPLE_RATE_HZ, VadConfig
 from sparqle_stream.errors import AudioFormatError, ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Pcm = npt.NDArray[np.float32]
 
@@ -70,7 +71,8 @@ class Detector:
     cfg: VadConfig
     frame_samples: int
     init_memory: Callable[[], Any]
-    judge: Callable[[Any, Pcm], tuple[Any, float]]  # memory, frame (F,) -> memory, probability
+    # Memory and next frame (F,) of some streams -> memory and probability of each.
+    judge: Callable[[Sequence[Any], Sequence[Pcm]], list[tuple[Any, float]]]
     is_always_on: bool = False  # everything is one segment, from its first sample
 
 
@@ -88,6 +90,7 @@ class VadState:
     is_speech: bool = False  # a segment is open
     probability: float = 0.0  # of the last frame
     level_db: float = FLOOR_DB  # RMS of the last frame; 0 dB: a square wave of full scale
+    foreseen: deque[float] = field(default_factory=deque)  # probabilities of the next frames
 
 
 def load_detector(cfg: VadConfig) -> Detector:
@@ -131,6 +134,36 @@ def step(detector: Detector, state: VadState, pcm: Pcm) -> tuple[VadState, list[
     return state, events
 
 
+def foresee(rows: Sequence[tuple[Detector, VadState, Pcm]]) -> None:
+    """Asks detectors about the pcm (S,) that `step` will be given next, for many streams at once.
+
+    Streams of one kind of detector share its calls: a frame of a network that is run for eight of
+    them costs a third. What a stream's frames are judged to be does not depend on the others.
+    """
+    waiting = [(detector, state, _unjudged(detector, state, pcm)) for detector, state, pcm in rows]
+    while waiting := [row for row in waiting if row[2]]:
+        for judge in {detector.judge for detector, _, _ in waiting}:
+            some = [
+                (state, frames) for detector, state, frames in waiting if detector.judge is judge
+            ]
+            said = judge([s.memory for s, _ in some], [frames.popleft() for _, frames in some])
+            for (state, _), (memory, probability) in zip(some, said, strict=True):
+                state.memory = memory
+                state.foreseen.append(probability)
+
+
+def _unjudged(detector: Detector, state: VadState, pcm: Pcm) -> deque[Pcm]:
+    """The whole frames that nobody has judged yet, up to one that `step` will refuse."""
+    size = detector.frame_samples
+    at = state.n_judged - state.n_in + len(state.recent) + size * len(state.foreseen)
+    heard = np.concatenate([state.recent, pcm], dtype=np.float32)
+    frames = deque[Pcm]()
+    while at + size <= len(heard) and _is_sound(heard[at : at + size]):
+        frames.append(heard[at : at + size])
+        at += size
+    return frames
+
+
 def flush(detector: Detector, state: VadState) -> tuple[VadState, list[SegmentEvent]]:
     """Ends the open segment where the audio ends now. The stream goes on.
 
@@ -157,12 +190,15 @@ def finish(detector: Detector, state: VadState) -> list[SegmentEvent]:
 
 def _judge(detector: Detector, state: VadState, frame: Pcm) -> None:
     """frame (F,), the next one -> the state's figures."""
-    if not np.abs(frame).max() < MAX_PEAK:  # NaN would stay in the detector's memory for ever
+    if state.foreseen:
+        state.probability = state.foreseen.popleft()
+    elif _is_sound(frame):
+        ((state.memory, state.probability),) = detector.judge([state.memory], [frame])
+    else:
         raise AudioFormatError(
             "samples that are not numbers, or far above 1",
             hint="scale 16-bit samples by 1 / 32768; replace NaN by 0",
         )
-    state.memory, state.probability = detector.judge(state.memory, frame)
     power = float(np.dot(frame, frame)) / len(frame)
     state.level_db = max(FLOOR_DB, 10 * float(np.log10(power))) if power > 0 else FLOOR_DB
     # Between the thresholds a frame is what the one before it was.
@@ -172,6 +208,11 @@ def _judge(detector: Detector, state: VadState, frame: Pcm) -> None:
         state.is_voiced, state.run_samples = is_voiced, 0
     state.run_samples += len(frame)
     state.n_judged += len(frame)
+
+
+def _is_sound(frame: Pcm) -> bool:
+    """NaN would stay in the detector's memory for ever."""
+    return bool(np.abs(frame).max() < MAX_PEAK)
 
 
 def _decide(cfg: VadConfig, state: VadState, heard: Pcm, events: list[SegmentEvent]) -> None:
@@ -223,19 +264,26 @@ def _close(state: VadState, sample: int, events: list[SegmentEvent]) -> None:
 
 def _silero(cfg: VadConfig) -> Detector:
     """Silero VAD: a small recurrent network on 32 ms frames."""
-    session = _silero_session()
-    rate = np.array(SAMPLE_RATE_HZ, np.int64)
+    _silero_session()  # what is wrong with it shows now
 
     def init_memory() -> tuple[Pcm, Pcm]:
         return np.zeros((2, 1, 128), np.float32), np.zeros(SILERO_CONTEXT, np.float32)
 
-    def judge(memory: tuple[Pcm, Pcm], frame: Pcm) -> tuple[tuple[Pcm, Pcm], float]:
-        hidden, context = memory  # (2, 1, 128), (64,)
-        x = np.concatenate([context, frame])[None]  # (1, 576)
-        probability, hidden = session.run(None, {"input": x, "state": hidden, "sr": rate})
-        return (hidden, frame[-SILERO_CONTEXT:].copy()), float(probability[0, 0])
+    return Detector(cfg, SILERO_SAMPLES, init_memory, _judge_by_silero)
 
-    return Detector(cfg, SILERO_SAMPLES, init_memory, judge)
+
+def _judge_by_silero(
+    memories: Sequence[tuple[Pcm, Pcm]], frames: Sequence[Pcm]
+) -> list[tuple[tuple[Pcm, Pcm], float]]:
+    """Hidden state (2, 1, 128) and the end of the last frame (64,), frame (512,) of each stream."""
+    x = np.stack([np.concatenate([m[1], frame]) for m, frame in zip(memories, frames, strict=True)])
+    hidden = np.concatenate([hidden for hidden, _ in memories], axis=1)
+    rate = np.array(SAMPLE_RATE_HZ, np.int64)
+    said, hidden = _silero_session().run(None, {"input": x, "state": hidden, "sr": rate})
+    return [
+        ((hidden[:, i : i + 1].copy(), frame[-SILERO_CONTEXT:].copy()), float(said[i, 0]))
+        for i, frame in enumerate(frames)
+    ]
 
 
 @functools.cache
@@ -276,13 +324,18 @@ def _webrtc(cfg: VadConfig) -> Detector:
     """WebRTC's detector: Gaussian mixtures on band energies of 20 ms, yes or no."""
     import webrtcvad
 
-    def judge(memory: webrtcvad.Vad, frame: Pcm) -> tuple[webrtcvad.Vad, float]:
-        raw = np.clip(frame * 32_768, -32_768, 32_767).astype("<i2").tobytes()
-        return memory, float(memory.is_speech(raw, SAMPLE_RATE_HZ))
+    def judge(memories: Any, frames: Sequence[Pcm]) -> list[tuple[Any, float]]:  # noqa: ANN401 - webrtcvad.Vad
+        raw = [np.clip(f * 32_768, -32_768, 32_767).astype("<i2").tobytes() for f in frames]
+        return [
+            (vad, float(vad.is_speech(bits, SAMPLE_RATE_HZ)))
+            for vad, bits in zip(memories, raw, strict=True)
+        ]
 
     return Detector(cfg, WEBRTC_SAMPLES, lambda: webrtcvad.Vad(cfg.webrtc_mode), judge)
 
 
 def _off(cfg: VadConfig) -> Detector:
     """No detector: all audio is speech. Frames serve the level alone."""
-    return Detector(cfg, SILERO_SAMPLES, lambda: None, lambda memory, _: (memory, 1.0), True)
+    return Detector(
+        cfg, SILERO_SAMPLES, lambda: None, lambda rows, _: [(m, 1.0) for m in rows], True
+    )

@@ -18,7 +18,9 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sparqle_stream import messages
+import numpy as np
+
+from sparqle_stream import messages, vad
 from sparqle_stream.config import SAMPLE_RATE_HZ, EngineConfig
 from sparqle_stream.errors import (
     BacklogError,
@@ -206,15 +208,8 @@ class Worker:
 
     def _tick(self, work: list[tuple[Stream, Inbox]]) -> None:
         """Detectors of all streams, then at most one chunk of each, batched by shape."""
-        sessions: dict[Stream, Session] = {}
-        for stream, items in work:
-            if stream.failure is not None:
-                self._fail(stream, stream.failure)
-                continue
-            try:
-                sessions[stream] = self._listen(stream, items)
-            except Exception as err:  # noqa: BLE001 - one stream's failure is its own
-                self._fail(stream, err)
+        sessions = self._admit(work)
+        self._listen([(stream, items) for stream, items in work if stream in sessions], sessions)
         ready = [s for s in sessions if sessions[s].has_chunk and s.phase is not Phase.CLOSED]
         for shape in sorted({sessions[s].shape for s in ready}):
             self._step({s: sessions[s] for s in ready if sessions[s].shape == shape})
@@ -222,19 +217,49 @@ class Worker:
             if stream.is_all_heard and not session.has_chunk:
                 self._finish(stream)
 
-    def _listen(self, stream: Stream, items: Inbox) -> Session:
-        """Admits a new stream; runs the detector over what was received."""
+    def _admit(self, work: list[tuple[Stream, Inbox]]) -> dict[Stream, Session]:
+        """The sessions of all streams that have not failed; new ones begin."""
+        sessions: dict[Stream, Session] = {}
+        for stream, _ in work:
+            try:
+                if stream.failure is not None:
+                    raise stream.failure
+                sessions[stream] = stream.session or self._begin(stream)
+            except Exception as err:  # noqa: BLE001 - one stream's failure is its own
+                self._fail(stream, err)
+        return sessions
+
+    def _begin(self, stream: Stream) -> Session:
+        self._wipe(stream.row)
+        options = stream.options
+        stream.session = Session(self._model, options, self.cfg.context_words)
+        ready = messages.Ready(
+            stream.id, self._model.name, SAMPLE_RATE_HZ, options.chunk_ms, options.delay_ms
+        )
+        self._emit(stream, ready)
+        return stream.session
+
+    def _listen(self, work: list[tuple[Stream, Inbox]], sessions: dict[Stream, Session]) -> None:
+        """Runs the detectors over what was received; those that fail leave `sessions`."""
         start = time.perf_counter()
-        session = stream.session
-        if session is None:
-            self._wipe(stream.row)
-            session = Session(self._model, stream.options, self.cfg.context_words)
-            stream.session = session
-            options = stream.options
-            ready = messages.Ready(
-                stream.id, self._model.name, SAMPLE_RATE_HZ, options.chunk_ms, options.delay_ms
-            )
-            self._emit(stream, ready)
+        received = {
+            stream: np.concatenate(parts)
+            for stream, items in work
+            if (parts := [item for item in items if not isinstance(item, Mark)])
+        }
+        vad.foresee([sessions[stream].asked(pcm) for stream, pcm in received.items()])
+        for stream, items in work:
+            try:
+                self._hear(stream, sessions[stream], items)
+            except Exception as err:  # noqa: BLE001 - one stream's failure is its own
+                del sessions[stream]
+                self._fail(stream, err)
+        if received:
+            heard = {stream: sessions[stream] for stream in received if stream in sessions}
+            self.account({"vad": time.perf_counter() - start}, heard)
+
+    def _hear(self, stream: Stream, session: Session, items: Inbox) -> None:
+        """What was received of one stream joins its queue."""
         for item in items:
             found = session.flush() if isinstance(item, Mark) else session.listen(item)
             with self._change:  # what leaves the inbox joins the queue in one go: room is exact
@@ -247,8 +272,6 @@ class Worker:
         for event in session.announce():
             self._emit(stream, event)
         self._tell_flushed(stream)
-        self.account({"vad": time.perf_counter() - start}, {stream: session})
-        return session
 
     def _step(self, sessions: dict[Stream, Session]) -> None:
         """One batched step for streams that have a chunk of the same shape."""

@@ -28,8 +28,8 @@ CFG = VadConfig(min_speech_ms=96, stop_ms=64, preroll_ms=80)
 def by_peak(cfg: VadConfig = CFG) -> Detector:
     """A detector whose probability is the frame's peak: tests write what it will say as audio."""
 
-    def judge(n_judged: int, frame: np.ndarray) -> tuple[int, float]:
-        return n_judged + 1, float(np.abs(frame).max())
+    def judge(n_judged: list[int], frames: list[np.ndarray]) -> list[tuple[int, float]]:
+        return [(n + 1, float(np.abs(f).max())) for n, f in zip(n_judged, frames, strict=True)]
 
     return Detector(cfg, FRAME, lambda: 0, judge)
 
@@ -196,6 +196,49 @@ def test_streams_that_share_a_detector_do_not_hear_each_other():
         for pcm, state, found in zip(pcms, states, events, strict=True):
             found += vad.finish(detector, state)
             assert segments_of(pcm, found) == segments_of(pcm, run(detector, [pcm])[1])
+
+
+@pytest.mark.parametrize("kind", ["silero", "webrtc", "off"])
+@given(st.integers(0, 999), st.lists(st.integers(0, 3_000), min_size=1, max_size=6))
+@settings(max_examples=12, deadline=None)
+def test_frames_that_were_foreseen_together_are_judged_as_they_are_alone(kind, seed, sizes):
+    """Packets of any size, taken in two parts; one stream is flushed between, one not foreseen."""
+    detector = vad.load_detector(VadConfig(kind=kind, threshold=0.12, threshold_off=0.08))
+    pcms = [talk(seed + i)[:24_000] for i in range(4)]
+    states, events = [vad.init_state(detector) for _ in pcms], [[] for _ in pcms]
+    taken: list[list[np.ndarray]] = [[] for _ in pcms]
+    for turn in range(40):
+        for i, pcm in enumerate(pcms):
+            at = sum(map(len, taken[i]))
+            packet = pcm[at : at + sizes[(turn + i) % len(sizes)]]
+            taken[i] += np.array_split(packet, 2)
+        vad.foresee([(detector, states[i], np.concatenate(taken[i][-2:])) for i in range(3)])
+        for i, parts in enumerate(taken):
+            for n, part in enumerate(parts[-2:], len(parts) - 2):
+                states[i], new = vad.step(detector, states[i], part)
+                events[i] += new
+                if (i, n) == (1, 14):
+                    events[i] += vad.flush(detector, states[i])[1]
+    for i, parts in enumerate(taken):
+        alone, expected = run(detector, parts, {14} if i == 1 else set())
+        events[i] += vad.finish(detector, states[i])
+        pcm = np.concatenate(parts)
+        assert segments_of(pcm, events[i]) == segments_of(pcm, expected)
+        assert figures(states[i]) == figures(alone)
+
+
+def test_a_stream_of_no_numbers_fails_alone():
+    detector = vad.load_detector(VadConfig())
+    good, bad = vad.init_state(detector), vad.init_state(detector)
+    pcm = talk(5)[:4_000]
+    broken = pcm.copy()
+    broken[1_500] = np.nan
+    vad.foresee([(detector, good, pcm), (detector, bad, broken)])
+    assert len(bad.foreseen) == 2  # before the frame that holds it
+    with pytest.raises(AudioFormatError):
+        vad.step(detector, bad, broken)
+    alone = vad.step(detector, vad.init_state(detector), pcm)[0]
+    assert figures(vad.step(detector, good, pcm)[0]) == figures(alone)
 
 
 # Where segments begin and end
@@ -452,6 +495,6 @@ def test_silero_gives_what_its_own_package_gives(speech):
     memory = detector.init_memory()
     for at in range(0, min(len(speech), 5 * 16_000) - FRAME, FRAME):
         frame = speech[at : at + FRAME]
-        memory, got = detector.judge(memory, frame)
+        ((memory, got),) = detector.judge([memory], [frame])
         want = float(reference(torch.from_numpy(frame.copy()), 16_000))
         assert got == pytest.approx(want, abs=1e-5)

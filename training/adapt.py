@@ -26,6 +26,7 @@ from sparqle_stream.weights import part
 from training.data import AugmentConfig
 from training.hearing import distil_loss, hear, load_ear, load_encoder, mel_of, padded
 from training.loop import Run, main
+from training.losses import consistency
 from training.place import HERE, Place, find_place
 from training.settings import read_config
 from training.sources import SHARE_SEED, Feed, Source, make_feed
@@ -56,6 +57,7 @@ class AdaptConfig:
     lr_encoder: float = 6e-5
     warmup: int = 60
     distil: float = 1.0
+    consistency: float = 0.0  # weight of what two masked views of a batch are apart; twice the cost
     distil_every: int = 1  # the teacher is a fifth of a step's cost
     bf16: bool | None = None  # None: where it is faster, which it is not on a CPU without AMX
     accumulate: int = 1  # shares of a batch, of `streams` each
@@ -106,7 +108,8 @@ def add_dropout(encoder: Encoder, p: float) -> None:
 class Trainer(Run):
     """The ear: the head alone at first, then the encoder with it, held by its teacher."""
 
-    name, result, shown, most_norm = "adapt", "ear.safetensors", ("ctc", "distil"), 2.0
+    name, result, most_norm = "adapt", "ear.safetensors", 2.0
+    shown = ("ctc", "distil", "apart")
 
     def __init__(
         self,
@@ -170,25 +173,32 @@ class Trainer(Run):
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
         cfg, rng, place = self.cfg, self.rng, self.place
         batch = next(self.batches)
-        mel, offset = hear(batch.noisy, rng, cfg.augment, place.device)
+        n_views = 2 if cfg.consistency else 1
+        mel, offset = hear(batch.noisy, rng, cfg.augment, place.device, n_views)
         is_frozen = self.step < cfg.head_steps
         chunk, left, ahead = (rng.choice(x) for x in (cfg.chunks, cfg.lefts, cfg.aheads))
         with place.autocast(), torch.set_grad_enabled(not is_frozen):
             frames = self.encoder.forward_train(padded(mel, ahead), chunk, left, offset, ahead)
         with place.autocast():
             log_probs = self.head(frames)
+        views = log_probs.chunk(n_views)
         known = batch.transcribed()
         texts = [" ".join(spoken(u.text) for u in batch.said[i]) for i in known]
-        ctc = ctc_loss(log_probs[known], texts, self.pieces)
-        loss, distil = ctc, torch.zeros(())
+        ctc = ctc_loss(torch.cat([v[known] for v in views]), n_views * texts, self.pieces)
+        apart = consistency(*views) if cfg.consistency else torch.zeros(())
+        loss, distil = ctc + cfg.consistency * apart, torch.zeros(())
         if batch.clean is not None and not is_frozen and self.step % cfg.distil_every == 0:
             with torch.no_grad():
                 clean = mel_of(batch.clean, place.device)
-                target = self.teacher.forward_train(clean, 0, 0, torch.zeros_like(offset))
+                whole = self.teacher.forward_train(
+                    clean, 0, 0, torch.zeros_like(offset[: len(clean)])
+                )
+                target = whole.repeat(n_views, 1, 1)
             heard = frames[:, ahead : ahead + target.shape[1]]
             distil = distil_loss(heard.float(), target.float())
-            loss = ctc + cfg.distil * distil
-        return loss, {"ctc": ctc.item(), "distil": distil.item(), "audio_s": batch.audio_s}
+            loss = loss + cfg.distil * distil
+        row = {"ctc": ctc.item(), "distil": distil.item(), "apart": apart.item()}
+        return loss, row | {"audio_s": batch.audio_s}
 
 
 if __name__ == "__main__":

@@ -48,14 +48,19 @@ def mel_of(pcm: Tensor, device: torch.device) -> Tensor:
 
 
 def hear(
-    pcm: Tensor, rng: random.Random, augment: AugmentConfig, device: torch.device
+    pcm: Tensor,
+    rng: random.Random,
+    augment: AugmentConfig,
+    device: torch.device,
+    n_views: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """What a student gets of PCM (B, S): log-mel (B, 2 T, 80), in a share of the batches with
-    SpecAugment, and the position (B,) at which each row begins."""
-    mel = mel_of(pcm, device)
+    SpecAugment, and the position (B,) at which each row begins; of `n_views`, one after the other,
+    each has masks and positions of its own."""
+    mel = mel_of(pcm, device).repeat(n_views, 1, 1)
     if rng.random() < augment.spec:
         mel = spec_augment(mel, rng, SILENT_MEL, augment)
-    return mel, torch.tensor([rng.randrange(N_POSITIONS) for _ in pcm], device=device)
+    return mel, torch.tensor([rng.randrange(N_POSITIONS) for _ in mel], device=device)
 
 
 def padded(mel: Tensor, ahead: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""SparQLe's first-stage losses: what the answers of a Q-Former have to do with a text.
+"""Losses. SparQLe's first stage: what the answers of a Q-Former have to do with a text, after
+BLIP-2 (Li et al., 2023) and SparQLe (Djanibekov and Aldarmaki, 2025): contrastive, matching and
+generation. And for the ear: whether two views of the same speech are heard alike.
 
-After BLIP-2 (Li et al., 2023) and SparQLe (Djanibekov and Aldarmaki, 2025): contrastive, matching
-and generation. Pure functions of features and logits, of queries of any kind, streaming ones too.
+Pure functions of features and logits, of queries of any kind, streaming ones too.
 """
 
 from __future__ import annotations
@@ -71,3 +72,16 @@ def matching(logits: Tensor, is_pair: Tensor) -> Tensor:
 def generation(logits: Tensor, targets: Tensor, pad: int) -> Tensor:
     """logits (B, L, V) of the tokens (B, L) that follow; those that are `pad` do not count."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad)
+
+
+def consistency(log_probs: Tensor, other: Tensor) -> Tensor:
+    """How far two posteriors (..., V) of the same frames are apart, nats a frame.
+
+    Both ways, each towards what the other said, which is a target and learns nothing by it
+    (CR-CTC, Yao et al., 2024).
+    """
+    apart = [
+        F.kl_div(x, target.detach(), reduction="none", log_target=True).sum(dim=-1).mean()
+        for x, target in ((log_probs, other), (other, log_probs))
+    ]
+    return 0.5 * (apart[0] + apart[1])

@@ -162,6 +162,30 @@ def test_the_head_learns_before_the_body(pack, pieces):
         assert torch.equal(ours, first)
 
 
+def test_two_views_of_a_batch_are_masked_apart(pack, pieces, monkeypatch):
+    """Without masks both hear the same and are not apart; with masks they are, and learn of it."""
+    monkeypatch.setattr("training.hearing.N_POSITIONS", 1)
+    cfg = config(pack, consistency=1.0, head_steps=0)
+    seen = []
+    for spec in (0.0, 1.0):
+        trainer = make_trainer(replace(cfg, augment=replace(cfg.augment, spec=spec)), pieces)
+        hear = trainer.head.forward
+        trainer.head.forward = lambda frames, hear=hear: (
+            seen.append(frames.shape[0]) or hear(frames)
+        )
+        row = trainer.train_step()
+        assert (row["apart"] > 1e-6) == (spec > 0)
+        assert row["audio_s"] == cfg.streams * cfg.stream_s
+    assert seen == [4, 4]
+    nobody = config(pack, sources=(Source(str(pack), transcribed=False),), consistency=1.0)
+    trainer = make_trainer(replace(nobody, head_steps=0, warmup=1, distil=0.0), pieces)
+    before = copy_of(trainer.weights())
+    for _ in range(2):
+        row = trainer.train_step()
+    assert row["ctc"] == 0.0
+    assert moved(before, trainer.weights(), "encoder.")  # taught by itself where nobody wrote
+
+
 def test_what_nobody_transcribed_is_not_taught_as_silence(pack, pieces):
     cfg = config(pack, sources=(Source(str(pack), transcribed=False),), head_steps=0)
     trainer = make_trainer(cfg, pieces)

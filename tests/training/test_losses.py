@@ -37,6 +37,19 @@ def test_contrastive_by_hand():
     assert smooth.item() == pytest.approx(0.9 * loss.item() + 0.1 * wrong, rel=1e-5)
 
 
+def test_consistency_by_hand():
+    """Halves, a quarter and three: both divergences, and each learns from the other alone."""
+    half, sure = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    there = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    back = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    loss = losses.consistency(half.requires_grad_(), sure)
+    assert loss.item() == pytest.approx(0.5 * (there + back), rel=1e-5)
+    assert losses.consistency(sure, half) == loss
+    (grad,) = torch.autograd.grad(loss, half)
+    torch.testing.assert_close(grad, -0.5 * sure.exp())  # of 0.5 * KL(sure || half), no more
+    assert losses.consistency(sure, sure).item() == 0.0
+
+
 def test_rows_of_one_name_are_no_negatives():
     """All three alike: whatever is similar to what, nothing is wrong but the smoothing's rest."""
     own = losses.same(["a", "a", "b"])

@@ -3,9 +3,10 @@
 `python -m bench.passes` times a single row (a token), a chunk's queries (the append), and both for
 eight streams at once, on slots that hold `--filled` rows, beside the memory bound: the bytes of the
 LLM's matrices, read once at the bandwidth that as many threads reach here. Then every stage of a
-chunk of the bundled clip. Variants take turns (A B C A B C); a turn makes each pass three times and
-takes the last, for threads of the variant before may still be spinning. The figure is the median of
-all turns.
+chunk of the bundled clip, and what a second of audio costs one stream alone and each of eight that
+go through one batch in step (`bench.company`). Variants take turns (A B C A B C); a turn makes each
+pass three times and takes the last, for threads of the variant before may still be spinning. The
+figure is the median of all turns.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import bounds, machine, manifests, settings
+from bench import bounds, company, machine, manifests, settings
 from sparqle_stream.config import StreamOptions
 from sparqle_stream.stages import prefix_ids
 from sparqle_stream.writer import Greedy
@@ -35,6 +36,8 @@ VARIANTS = (("onnx", "int8"), ("onnx", "float32"), ("torch", "float32"))
 SHAPES = ((1, 1), (1, 4), (8, 1), (8, 4))  # streams, rows of each
 WARM_UPS = 3
 REPEATS = 3  # of a pass in its turn
+IN_STEP = (1, 8)  # streams
+COMPANY_TURNS = 3
 
 
 class Variant:
@@ -140,6 +143,10 @@ def run(args: argparse.Namespace, wanted: Settings) -> dict[str, Any]:
         stages[variant.name] = {
             stage: round(1000 * median(t[stage] for t in taken), 2) for stage in taken[0]
         }
+    together = [
+        {n: company.stage_ms(variants[0].model, wanted.stream_options(), pcm, n) for n in IN_STEP}
+        for _ in range(COMPANY_TURNS)
+    ]
     return {
         "bench": "passes",
         "settings": wanted.summary() | {"filled": args.filled, "turns": args.turns},
@@ -149,7 +156,13 @@ def run(args: argparse.Namespace, wanted: Settings) -> dict[str, Any]:
         "bound_ms": {v.name: round(_llm_ms(v.model, bandwidth[v.name]), 2) for v in variants},
         "pass_ms": passes,
         "stage_ms": stages,
+        "second_ms": {str(n): _medians([turn[n][0] for turn in together]) for n in IN_STEP},
+        "words": {str(n): together[0][n][1] for n in IN_STEP},
     }
+
+
+def _medians(turns: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {stage: round(median(turn[stage] for turn in turns), 2) for stage in turns[0]}
 
 
 def _llm_ms(model: Model, bandwidth: float) -> float:

@@ -19,6 +19,11 @@ each. The bound reads the LLM's matrices once, at the bandwidth measured in the 
 threads as a stream has: one on onnx, all on torch."""
 
 
+COMPANY_NOTES = """What a second of audio costs a stream, in milliseconds of one thread, alone and
+in step with others through one batch, everything counted from PCM to events (the first variant, the
+bundled clip, each stream from another place on; medians of turns)."""
+
+
 def passes(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]:
     parts = ["## CPU engine", PASSES_NOTES]
     for name, result in results:
@@ -28,7 +33,21 @@ def passes(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]
             f" commit `{result['machine']['commit']}`, machine {label}."
         )
         parts += [f"### `{name}`", facts, _table(result)]
+        if "second_ms" in result:
+            parts += [COMPANY_NOTES, _company(result)]
     return parts
+
+
+def _company(result: Json) -> str:
+    by_streams = result["second_ms"]
+    stages = list(next(iter(by_streams.values())))
+    alone = sum(next(iter(by_streams.values())).values())
+    rows = []
+    for n, taken in by_streams.items():
+        total = sum(taken.values())
+        cells = [number(taken[stage], 1) for stage in stages]
+        rows.append([n, *cells, number(total, 1), f"{total / alone:.2f}"])
+    return table(" | ".join(["streams", *stages, "all", "of one alone"]), rows)
 
 
 def _table(result: Json) -> str:

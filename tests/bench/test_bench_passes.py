@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench import machine, passes
+from bench import company, machine, manifests, passes
+from sparqle_stream import testing
+from sparqle_stream.config import StreamOptions, VadConfig
 
 
 class Fake:
@@ -62,7 +64,28 @@ def test_the_page_shows_every_variant():
         "bound_ms": {"onnx int8": 3.4, "torch float32": 21.0},
         "pass_ms": {"onnx int8": {"1x1": 5.4}, "torch float32": {"1x1": 30.0}},
         "stage_ms": {"onnx int8": {"encoder": 9.3}, "torch float32": {"encoder": 22.0, "ctc": 0.7}},
+        "second_ms": {"1": {"vad": 8.0, "llm": 40.0}, "8": {"vad": 2.0, "llm": 10.0}},
     }
     page = "\n".join(section([("passes.json", result)], Machines()))
     assert "| onnx int8 | 3.4 (12 GB/s) | 5.4 |" in page
     assert "150 rows" in page
+    assert "| 8 | 2.0 | 10.0 | 12.0 | 0.25 |" in page
+
+
+@pytest.mark.parametrize("n_streams", [1, 3])
+def test_what_goes_in_step_is_written_and_counted(tiny, n_streams):
+    """The tiny model on the bundled clip, twice as long for each: all stages take time."""
+    pcm = manifests.bundled().recordings[0].pcm()[:48_000]
+    spent, _ = company.stage_ms(tiny, StreamOptions(vad=VadConfig(kind="off")), pcm, n_streams)
+    assert {"vad", "features", "encoder", "qformer", "llm", "captions"} <= set(spent)
+    assert all(ms > 0 for ms in spent.values())
+
+
+@pytest.mark.parametrize("n_streams", [1, 2])
+def test_streams_in_step_write_what_is_said(n_streams):
+    """Nobody flushes: the last chunk's words may be open, for each stream."""
+    said = testing.vocabulary(12)
+    options = StreamOptions(vad=VadConfig(kind="off"))
+    made = testing.oracle_model(), options, testing.say(said), n_streams, testing.OracleBatch
+    n_words = company.stage_ms(*made)[1]
+    assert n_streams * (len(said) - 4) <= n_words <= n_streams * (len(said) + 1)

@@ -247,7 +247,10 @@ class Worker:
             for stream, items in work
             if (parts := [item for item in items if not isinstance(item, Mark)])
         }
-        vad.foresee([sessions[stream].asked(pcm) for stream, pcm in received.items()])
+        try:
+            vad.foresee([sessions[stream].asked(pcm) for stream, pcm in received.items()])
+        except Exception:  # whose it is shows below, where each stream is judged alone
+            log.debug("detectors failed together", exc_info=True)
         for stream, items in work:
             try:
                 self._hear(stream, sessions[stream], items)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from sparqle_stream import messages, testing
+from sparqle_stream import messages, testing, vad
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.engine import Engine
 from sparqle_stream.errors import (
@@ -343,6 +343,27 @@ def test_a_stream_that_fails_leaves_its_neighbour_alone(oracle, monkeypatch, cap
     assert text_of(good.events()) == "both speak"
     assert engine.metrics().streams_failed == 1
     assert "a bug in one row" in caplog.text
+
+
+def test_a_detector_that_fails_with_one_stream_leaves_its_neighbour_alone(oracle, monkeypatch):
+    """Frames of both are judged in one call, which fails; then each is judged alone."""
+    engine, loud = oracle(), 0.9
+
+    def judge(memories, frames):
+        if any(abs(frame).max() > loud for frame in frames):
+            raise RuntimeError("the network failed")
+        return [(memory, 1.0) for memory in memories]
+
+    monkeypatch.setattr(vad, "_off", lambda cfg: vad.Detector(cfg, 512, lambda: None, judge, True))
+    bad, good = engine.open(OPTIONS), engine.open(OPTIONS)
+    with engine.workers[0]._change:  # both are waiting when the worker looks
+        for stream in (bad, good):
+            said = say(["both", "speak"])
+            said[600] = 0.95 if stream is bad else 0.0
+            stream.feed(said)
+            stream.finish()
+    assert list(bad.events())[-1].message == "RuntimeError: the network failed"
+    assert text_of(good.events()) == "both speak"
 
 
 def test_a_failed_step_ends_its_streams_and_not_the_worker(oracle, monkeypatch, caplog):

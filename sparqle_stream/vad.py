@@ -137,8 +137,8 @@ def step(detector: Detector, state: VadState, pcm: Pcm) -> tuple[VadState, list[
 def foresee(rows: Sequence[tuple[Detector, VadState, Pcm]]) -> None:
     """Asks detectors about the pcm (S,) that `step` will be given next, for many streams at once.
 
-    Streams of one kind of detector share its calls: a frame of a network that is run for eight of
-    them costs a third. What a stream's frames are judged to be does not depend on the others.
+    Streams of one kind of detector, of any settings, share its calls: a frame of a network that is
+    run for eight of them costs a third. How a frame is judged does not depend on the others.
     """
     waiting = [(detector, state, _unjudged(detector, state, pcm)) for detector, state, pcm in rows]
     while waiting := [row for row in waiting if row[2]]:
@@ -324,18 +324,22 @@ def _webrtc(cfg: VadConfig) -> Detector:
     """WebRTC's detector: Gaussian mixtures on band energies of 20 ms, yes or no."""
     import webrtcvad
 
-    def judge(memories: Any, frames: Sequence[Pcm]) -> list[tuple[Any, float]]:  # noqa: ANN401 - webrtcvad.Vad
-        raw = [np.clip(f * 32_768, -32_768, 32_767).astype("<i2").tobytes() for f in frames]
-        return [
-            (vad, float(vad.is_speech(bits, SAMPLE_RATE_HZ)))
-            for vad, bits in zip(memories, raw, strict=True)
-        ]
+    return Detector(cfg, WEBRTC_SAMPLES, lambda: webrtcvad.Vad(cfg.webrtc_mode), _judge_by_webrtc)
 
-    return Detector(cfg, WEBRTC_SAMPLES, lambda: webrtcvad.Vad(cfg.webrtc_mode), judge)
+
+def _judge_by_webrtc(memories: Sequence[Any], frames: Sequence[Pcm]) -> list[tuple[Any, float]]:
+    """webrtcvad.Vad and frame (320,) of each stream."""
+    raw = [np.clip(frame * 32_768, -32_768, 32_767).astype("<i2").tobytes() for frame in frames]
+    return [
+        (memory, float(memory.is_speech(bits, SAMPLE_RATE_HZ)))
+        for memory, bits in zip(memories, raw, strict=True)
+    ]
 
 
 def _off(cfg: VadConfig) -> Detector:
     """No detector: all audio is speech. Frames serve the level alone."""
-    return Detector(
-        cfg, SILERO_SAMPLES, lambda: None, lambda rows, _: [(m, 1.0) for m in rows], True
-    )
+    return Detector(cfg, SILERO_SAMPLES, lambda: None, _judge_as_speech, is_always_on=True)
+
+
+def _judge_as_speech(memories: Sequence[None], _: Sequence[Pcm]) -> list[tuple[None, float]]:
+    return [(memory, 1.0) for memory in memories]

@@ -190,10 +190,8 @@ class Trainer(Run):
         if batch.clean is not None and not is_frozen and self.step % cfg.distil_every == 0:
             with torch.no_grad():
                 clean = mel_of(batch.clean, place.device)
-                whole = self.teacher.forward_train(
-                    clean, 0, 0, torch.zeros_like(offset[: len(clean)])
-                )
-                target = whole.repeat(n_views, 1, 1)
+                target = self.teacher.forward_train(clean, 0, 0, offset.new_zeros(len(clean)))
+                target = target.repeat(n_views, 1, 1)
             heard = frames[:, ahead : ahead + target.shape[1]]
             distil = distil_loss(heard.float(), target.float())
             loss = loss + cfg.distil * distil

@@ -127,6 +127,26 @@ class _Guarded:
             self._fail(err)
             return []
 
+    def doubts(self) -> list[list[int]]:
+        try:
+            return self._writer.doubts()
+        except Exception as err:  # noqa: BLE001
+            self._fail(err)
+            return []
+
+    def judged(self, log_probs: Sequence[float]) -> None:
+        try:
+            self._writer.judged(log_probs)
+        except Exception as err:  # noqa: BLE001
+            self._fail(err)
+
+    def plain(self) -> list[int]:
+        try:
+            return self._writer.plain()
+        except Exception as err:  # noqa: BLE001
+            self._fail(err)
+            return []
+
     def is_over(self) -> bool:
         try:
             return self._row in self._failed or self._writer.is_over()

@@ -243,11 +243,18 @@ class WriterConfig:
     quiet_frames: int = 8  # of CTC (40 ms) without a piece, after which a word is over
     sure: float = 0.8  # share of the readings' probability that a word needs ...
     patience_frames: int = 20  # ... unless it is as old as this, in frames of CTC
+    # Rival readings, judged as plain text where the model has a prefix for it (judge.TextPrefix):
+    text_weight: float = 0.0  # of their log-probability; 0: nobody judges
+    text_share: float = 0.5  # of what the n-grams say of them that this takes the place of
+    text_bonus: float = 1.0  # for each of their words
+    n_rivals: int = 4  # readings at most
+    rival_gap: float = 6.0  # nats that they may be behind the best
 
     def __post_init__(self) -> None:
-        if not (self.llm_weight >= 0 and 0 < self.stop_threshold < 1):
+        weights = self.llm_weight, self.text_weight
+        if not (min(weights) >= 0 and 0 < self.stop_threshold < 1):
             raise ConfigError(
-                "llm_weight must be 0 or more and stop_threshold between 0 and 1",
+                "llm_weight and text_weight must be 0 or more, stop_threshold between 0 and 1",
                 hint="see WriterConfig",
             )
         if not 0 <= self.sure <= 1:

@@ -231,7 +231,9 @@ class GraphedPasses:
         return (rows, queries), (), body
 
     def _append(self, embeds: Tensor, rows: Tensor) -> None:
-        self.state.llm.length[self.spare :].zero_()  # what padding writes always fits
+        self.state.llm.length[
+            self.spare : self.spare + 1
+        ].zero_()  # what padding writes always fits
         llm.append_rows(self.model.llm, self.state.llm, embeds, rows)
 
     def _scoring(self, bucket: int, n_ids: int) -> Parts:
@@ -281,7 +283,7 @@ class GraphedSteps:
         by_row = host.numpy()
         writers = {row: hear(row, by_row[i]) for i, row in enumerate(rows)}
         lap("captions")
-        tokens = write(llm.Slots(passes), writers)
+        tokens = write(llm.Slots(passes, passes.state.judge), writers)
         lap("llm")
         return StepResult(tokens, lap.seconds)
 

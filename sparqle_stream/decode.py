@@ -41,6 +41,21 @@ class Writer(Protocol):
         """
         ...
 
+    def doubts(self) -> list[list[int]]:
+        """Rival readings of what is said next, as tokens of plain text, for the LLM to judge.
+
+        Asked once a chunk, before anything is written; none: it knows by itself.
+        """
+        ...
+
+    def judged(self, log_probs: Sequence[float]) -> None:
+        """Takes log p of each of its doubts, after the plain text that it wrote so far."""
+        ...
+
+    def plain(self) -> list[int]:
+        """What was picked last as tokens of plain text; none where nobody judges."""
+        ...
+
     def is_over(self) -> bool:
         """Whether nothing more can follow in this chunk, whatever the LLM thinks.
 
@@ -71,12 +86,23 @@ class Decoder(Protocol):
         """Appends them before the next that is appended, at the latest."""
         ...
 
+    def judge(
+        self, doubts: Mapping[int, list[list[int]]], expect: Expect
+    ) -> dict[int, list[float]]:
+        """log p of each row's readings after its plain text; what waits in the rows may be read."""
+        ...
+
+    def note(self, plain: Mapping[int, list[int]]) -> None:
+        """Plain text goes on: later readings are judged after it."""
+        ...
+
 
 def write(decoder: Decoder, writers: Mapping[int, Writer]) -> dict[int, list[int]]:
     """One chunk: what the rows' writers choose. Every token is appended to its row's slot.
 
-    Queries that were left are not read for a row in which nothing can be written now. The stop head
-    is asked before every token, and before any logit is computed.
+    Queries that were left are not read for a row in which nothing can be written now. Doubts are
+    judged once, before the first token. The stop head is asked before every token, and before any
+    logit is computed.
     """
     tokens: dict[int, list[int]] = {row: [] for row in writers}
     going = [row for row in writers if not writers[row].is_over()]
@@ -84,6 +110,9 @@ def write(decoder: Decoder, writers: Mapping[int, Writer]) -> dict[int, list[int
     def expect(row: int) -> list[list[int]]:
         return writers[row].expect()
 
+    doubts = {row: found for row in going if (found := writers[row].doubts())}
+    for row, log_probs in decoder.judge(doubts, expect).items():
+        writers[row].judged(log_probs)
     decoder.read({row: [] for row in going}, expect)
     while going:
         stops = decoder.stops(going)
@@ -93,6 +122,7 @@ def write(decoder: Decoder, writers: Mapping[int, Writer]) -> dict[int, list[int
         picks = {row: pick for row, pick in picks.items() if pick}
         for row, pick in picks.items():
             tokens[row] += pick
+        decoder.note({row: plain for row in picks if (plain := writers[row].plain())})
         over = {row: pick for row, pick in picks.items() if writers[row].is_over()}
         decoder.leave(over)
         going = [row for row in picks if row not in over]

@@ -278,9 +278,10 @@ def init_state(
 
 def reset_rows(state: LlmState, mask: Tensor) -> None:
     """Slots of `mask` (B,) are empty. K/V bytes stay: length 0 makes them invisible."""
-    state.length[mask] = 0
-    state.hidden[mask] = 0.0
-    state.stop[mask] = 0.0
+    rows = mask.nonzero()[:, 0]  # there may be more slots than rows
+    state.length[rows] = 0
+    state.hidden[rows] = 0.0
+    state.stop[rows] = 0.0
 
 
 @torch.inference_mode()
@@ -307,16 +308,28 @@ def step(
     queries: Tensor,
     active: Tensor,
     writers: Sequence[Writer | None],
+    judge: Judges | None = None,
 ) -> tuple[LlmState, list[list[int]]]:
-    """One chunk: queries (B, Q, E) of the active rows in, what their writers choose out."""
+    """One chunk: queries (B, Q, E) of the active rows in, what their writers choose out.
+
+    `judge` is asked where writers have doubts.
+    """
     state = append(llm, state, queries, active)
     going: dict[int, Writer] = {}
     for slot in active.nonzero()[:, 0].tolist():
         writer = writers[slot]
         assert writer is not None, "an active row needs a writer"
         going[slot] = writer
-    written = write(Slots(EagerPasses(llm, state)), going)
+    written = write(Slots(EagerPasses(llm, state), judge), going)
     return state, [written.get(slot, []) for slot in range(queries.shape[0])]
+
+
+class Judges(Protocol):
+    """What judges readings as plain text: `judge.Judge`."""
+
+    def judge(self, doubts: Mapping[int, list[list[int]]]) -> dict[int, list[float]]: ...
+
+    def say(self, row: int, ids: list[int]) -> None: ...
 
 
 class Passes(Protocol):
@@ -342,6 +355,7 @@ class Slots:
     """The decoder that `decode.write` asks."""
 
     passes: Passes
+    judges: Judges | None = None
 
     def stops(self, rows: Sequence[int]) -> Sequence[float]:
         return self.passes.stops(rows)
@@ -363,6 +377,16 @@ class Slots:
         for n in sorted({len(ids) for ids in tokens.values()} - {0}):
             same = sorted(row for row, ids in tokens.items() if len(ids) == n)
             self.passes.read(same, [tokens[row] for row in same])
+
+    def judge(
+        self, doubts: Mapping[int, list[list[int]]], expect: Expect
+    ) -> dict[int, list[float]]:
+        return self.judges.judge(doubts) if doubts and self.judges is not None else {}
+
+    def note(self, plain: Mapping[int, list[int]]) -> None:
+        if self.judges is not None:
+            for row, ids in plain.items():
+                self.judges.say(row, ids)
 
     leave = read  # one pass has rows of equal length: waiting for the next queries saves nothing
 
@@ -415,6 +439,19 @@ def append_rows(llm: Llm, state: LlmState, embeds: Tensor, slots: Tensor) -> Non
 
     There must be room. Nothing is read back to the host, no shape depends on data.
     """
+    x = through_layers(llm, state, embeds, slots)
+    stop = llm.stop
+    hidden, logit = stop_head(x[:, -1], llm.norm.weight, llm.cfg.rms_eps, stop.weight[0], stop.bias)
+    state.length[slots] += embeds.shape[1]
+    state.hidden[slots] = hidden
+    state.stop[slots] = logit
+
+
+def through_layers(llm: Llm, state: LlmState, embeds: Tensor, slots: Tensor) -> Tensor:
+    """embeds (b, R, E) behind what counts in `slots` -> (b, R, E) before the last norm.
+
+    K/V are written, but do not count yet.
+    """
     cfg, n_rows, n_slot = llm.cfg, embeds.shape[1], state.k.shape[3]
     start = state.length[slots]
     length = start + n_rows
@@ -427,8 +464,4 @@ def append_rows(llm: Llm, state: LlmState, embeds: Tensor, slots: Tensor) -> Non
         q = rms_norm_rope_append(x, layer.qkv_before_norm(x), cfg.rms_eps, rotation, at)
         mixed = decode_attention(q, k, v, plan)  # (b, H, R, d)
         x = layer.feed_forward(x + layer.attn.merge(mixed))
-    stop = llm.stop
-    hidden, logit = stop_head(x[:, -1], llm.norm.weight, cfg.rms_eps, stop.weight[0], stop.bias)
-    state.length[slots] = length
-    state.hidden[slots] = hidden
-    state.stop[slots] = logit
+    return x

@@ -47,6 +47,11 @@ class Model(Protocol):
     weights_hash: str  # of the files of model and LLM
     is_shared: bool  # whether several threads may run its stages at once, each with rows of its own
 
+    @property
+    def text(self) -> object | None:
+        """What makes the LLM a judge of readings; None: it is none."""
+        ...
+
     def make_stages(self, n_rows: int) -> Stages: ...
 
     def weight_bytes(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparqle_stream import encoder, features, llm, qformer
+from sparqle_stream.judge import Judge, n_slots
 from sparqle_stream.rows import Rows
 from sparqle_stream.stages import N_RECENT, Laps
 
@@ -38,6 +39,7 @@ class PipelineState:
     qformer: qformer.QFormerState
     llm: llm.LlmState
     recent: Tensor  # (B, N_RECENT, E) the last queries, newest last
+    judge: Judge | None = None  # of readings, where the model has a prefix for plain text
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,19 @@ def init_state(model: SparqleModel, batch: int) -> PipelineState:
     cfg, device = model.cfg, model.device
     dtype = model.encoder.ln_post.weight.dtype
     llm_dtype = model.llm.norm.weight.dtype
+    slots = llm.init_state(
+        model.cfg.llm, n_slots(model.text, batch), dtype=llm_dtype, device=device
+    )
+    judge = None
+    if model.text is not None:
+        judge = Judge(model.llm, slots, model.text, batch, model.tokenizer.bos_id)
     return PipelineState(
         features=features.init_state(cfg.features, batch, device=device),
         encoder=encoder.init_state(cfg.encoder, batch, dtype=dtype, device=device),
         qformer=qformer.init_state(cfg.qformer, batch, dtype=dtype, device=device),
-        llm=llm.init_state(cfg.llm, batch, dtype=llm_dtype, device=device),
+        llm=slots,
         recent=torch.zeros(batch, N_RECENT, cfg.llm.width, dtype=llm_dtype, device=device),
+        judge=judge,
     )
 
 
@@ -78,7 +87,7 @@ def step(
     log_probs, queries = listen(model, state, pcm, Rows.of(active), wait_ms, ahead_frames, lap)
     writers = hear(log_probs)
     lap("captions")
-    state.llm, tokens = llm.step(model.llm, state.llm, queries, active, writers)
+    state.llm, tokens = llm.step(model.llm, state.llm, queries, active, writers, state.judge)
     lap("llm")
     return state, ChunkResult(log_probs, tokens, lap.seconds)
 
@@ -117,6 +126,9 @@ def reset_rows(state: PipelineState, mask: Tensor) -> None:
     features.forget_rows(state.features, mask)
     _reset_hearing(state, mask)
     llm.reset_rows(state.llm, mask)
+    if state.judge is not None:
+        for row in mask.nonzero()[:, 0].tolist():
+            state.judge.wipe(row)
 
 
 def begin_rows(

@@ -197,7 +197,7 @@ class Session:
         if model.lexicon is None:
             return None
         beam = WordBeam(model.lexicon, model.cfg.beam)
-        return Hearing(model.cfg.writer, model.tokenizer, beam)
+        return Hearing(model.cfg.writer, model.tokenizer, beam, model.text is not None)
 
     def take(self, tokens: list[int]) -> Iterator[messages.Event]:
         """The chunk's tokens -> its events."""

@@ -17,6 +17,7 @@ from sparqle_stream.ctc import CtcHead
 from sparqle_stream.cuda_graphs import CudaCapture
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.errors import ModelError
+from sparqle_stream.judge import TextPrefix
 from sparqle_stream.lexicon import Lexicon
 from sparqle_stream.llm import Llm
 from sparqle_stream.pieces import CtcPieces
@@ -49,6 +50,7 @@ class SparqleModel:
     name: str
     weights_hash: str  # of the files of model and LLM
     device: torch.device
+    text: TextPrefix | None = None  # None: nobody judges readings
     is_captured: bool = False  # whether steps are replayed as CUDA graphs
     is_shared: bool = False  # its kernels take all cores, or the one device there is
 
@@ -117,6 +119,7 @@ def read(folder: Path, source: str | Path) -> SparqleModel:
         name=cfg.name,
         weights_hash=artifacts.hash_of(folder, source),
         device=torch.device("cpu"),
+        text=TextPrefix.of(weights.part(bridge, "text"), files.cfg),
     )
     ear = weights.expanded(weights.read_safetensors(folder / "ear.safetensors"))
     weights.load_into(model.encoder, weights.part(ear, "encoder"))

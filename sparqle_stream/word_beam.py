@@ -62,6 +62,15 @@ class Candidate:
     is_closed: bool  # another word follows it in the best of them
 
 
+class Reading(NamedTuple):
+    """All hypotheses with the same words since the last committed one; an open one counts for the
+    words before it, or as if it ended here, as in `WordBeam.candidates`."""
+
+    words: tuple[str, ...]
+    score: float  # log mass
+    gram_score: float  # what n-grams, bonus and spelling have in it, up to what all share
+
+
 @dataclass(slots=True)
 class _Spelled:
     """Nodes of words that are in no lexicon: texts, by node - first node."""
@@ -336,7 +345,7 @@ class WordBeam:
         best: dict[str, tuple[float, Word, bool]] = {}
         sums: dict[str, float] = {}
         nothing = NEVER
-        for words, n_closed, score in self._counting():
+        for words, n_closed, score, _ in self._counting():
             if not words:
                 nothing = _sum(nothing, score)
                 continue
@@ -355,7 +364,7 @@ class WordBeam:
         """
         sums, best = dict[tuple[str, ...], float](), (NEVER, tuple[Word, ...](), 0)
         everything = NEVER
-        for words, n_closed, score in self._counting():
+        for words, n_closed, score, _ in self._counting():
             everything = _sum(everything, score)
             texts = tuple(word.text for word in words)
             for n in range(1, len(texts) + 1):
@@ -369,18 +378,29 @@ class WordBeam:
         ]
         return found, everything
 
-    def _counting(self) -> Iterator[tuple[tuple[Word, ...], int, float]]:
+    def rivals(self) -> list[Reading]:
+        """Readings that count, best first."""
+        sums: dict[tuple[str, ...], tuple[float, float]] = {}
+        for words, _, score, past in self._counting():
+            texts = tuple(word.text for word in words)
+            known, _ = sums.get(texts, (NEVER, 0.0))
+            sums[texts] = _sum(known, score), past
+        return sorted((Reading(words, *of) for words, of in sums.items()), key=lambda r: -r.score)
+
+    def _counting(self) -> Iterator[tuple[tuple[Word, ...], int, float, float]]:
         """Readings that count: their words, an open one as if it ended here, how many of them are
-        closed, and log mass. Those of nothing but an open word that cannot end do not.
+        closed, log mass, and what the language model has in it. Those of nothing but an open word
+        that cannot end do not.
         """
         mass, scores = self._now.mass().tolist(), self._now.scores().tolist()
         for i, (hist, node, began, moved, _, ends, *_) in enumerate(self._now.ints.T.tolist()):
-            words, score = self._histories[hist].words, scores[i]
+            words, past = self._histories[hist].words, self._histories[hist].score
             if node and ends:  # the look-ahead does not know which words are before this one
-                score = mass[i] + self._histories[self._ended(i)].score
-                yield (*words, Word(self._text(node), began, moved + 1)), len(words), score
+                past = self._histories[self._ended(i)].score
+                word = Word(self._text(node), began, moved + 1)
+                yield (*words, word), len(words), mass[i] + past, past
             elif words or not node:
-                yield words, len(words), score
+                yield words, len(words), scores[i], past
 
     def readings(self) -> list[tuple[tuple[str, ...], float]]:
         """Words since the last committed one and their log mass, best first; open ones end here."""

@@ -8,22 +8,28 @@ CTC / attention decoding, Watanabe et al., 2017, word by word):
 
 where logits do for log p(LLM): what is compared in one place of a text has one normaliser. So the
 LLM chooses among what was heard, and can hardly skip, repeat or invent; case and punctuation
-are its own. Contract: a writer sees what was heard until the end of its chunk and what it wrote
-itself, nothing else; what it wrote is committed. What writers answer to is `decode.Writer`.
+are its own. Where rival readings are close, the LLM judges them before that as a language model of
+plain text (`judge`), all words of them together: `Hearing.weighed` is what log p(heard; words) is
+then. Contract: a writer sees what was heard until the end of its chunk and what it wrote itself,
+nothing else; what it wrote is committed. What writers answer to is `decode.Writer`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sparqle_stream.config import WriterConfig
-    from sparqle_stream.word_beam import Candidate, WordBeam
+    from sparqle_stream.word_beam import Candidate, Reading, WordBeam
+
+    Words = tuple[str, ...]
 
 MARKS = (".", ",", "?", "!")
 ENDS = (".", "?", "!")  # of a sentence
@@ -31,6 +37,8 @@ MOST_CANDIDATES = 8
 
 
 class Decodes(Protocol):
+    bos_id: int
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
@@ -58,6 +66,15 @@ class Greedy:
     def expect(self) -> list[list[int]]:
         return []
 
+    def doubts(self) -> list[list[int]]:
+        return []
+
+    def judged(self, log_probs: Sequence[float]) -> None:
+        raise AssertionError("there was no doubt")
+
+    def plain(self) -> list[int]:
+        return []
+
     def is_over(self) -> bool:
         return self.n_written >= self.n_most
 
@@ -69,6 +86,7 @@ class Hearing:
     cfg: WriterConfig
     tokenizer: Decodes
     beam: WordBeam
+    is_judged: bool = False  # the model can judge readings as plain text
     may_mark: bool = False  # the text ends in a word that punctuation may follow
     is_beginning: bool = True  # of a sentence: what comes next has a capital, as a rule
 
@@ -89,6 +107,34 @@ class Hearing:
         is_over = said.is_closed or age >= cfg.quiet_frames
         is_sure = math.exp(said.score - everything) >= cfg.sure or age >= cfg.patience_frames
         return age >= n_delay and is_over and is_sure
+
+    def rivals(self) -> list[Reading]:
+        """Readings that are close enough to the best to be judged; none where one is alone."""
+        if not (self.is_judged and self.cfg.text_weight):
+            return []
+        found = [reading for reading in self.beam.rivals() if reading.words]
+        close = [r for r in found if r.score > found[0].score - self.cfg.rival_gap]
+        close = close[: self.cfg.n_rivals]
+        return close if len({reading.words[0] for reading in close}) > 1 else []
+
+    def plain(self, words: Iterable[str]) -> list[int]:
+        """Tokens of words as plain text."""
+        return [i for word in words for i in self.tokenizer.encode(f" {word}")]
+
+    def gain(self, reading: Reading, log_prob: float) -> float:
+        """What a reading's score changes by, once it is judged."""
+        cfg = self.cfg
+        told = cfg.text_weight * log_prob + cfg.text_bonus * len(reading.words)
+        return told - cfg.text_share * reading.gram_score
+
+    def weighed(self, due: list[Candidate], gains: Mapping[Words, float]) -> list[Candidate]:
+        """Those of `due` with which a judged reading begins, with the mass of these readings."""
+        sums: dict[str, float] = {}
+        for reading in self.beam.rivals():
+            if reading.words and reading.words in gains:
+                word, score = reading.words[0], reading.score + gains[reading.words]
+                sums[word] = float(np.logaddexp(sums.get(word, -math.inf), score))
+        return [replace(said, score=sums[said.word.text]) for said in due if said.word.text in sums]
 
     def expected(self, n_delay: int, *, is_last: bool) -> list[str]:
         """Words that are due, by the likeliest reading."""
@@ -134,6 +180,9 @@ class Joint:
     _due: list[tuple[Candidate, list[int], float]] = field(default_factory=list)
     _marks: list[int] = field(default_factory=list)
     _is_known: bool = False  # whether both are of now
+    _rivals: list[Reading] = field(default_factory=list)
+    _gains: dict[Words, float] = field(default_factory=dict)  # of judged readings, by their words
+    _plain: list[int] = field(default_factory=list)  # what was picked last
 
     def goes_on(self, stop: float) -> bool:
         if self.is_over():
@@ -153,6 +202,7 @@ class Joint:
     def _look(self) -> None:
         hearing = self.hearing
         due = hearing.due(self.n_delay, is_last=self.is_last)
+        due = (hearing.weighed(due, self._gains) if self._gains else []) or due
         self._due = [
             (said, form, 0.0 if is_usual else hearing.cfg.case_margin)
             for said in due
@@ -161,6 +211,19 @@ class Joint:
         ]
         self._marks = hearing.marks()
         self._is_known = True
+
+    def doubts(self) -> list[list[int]]:
+        """The readings that are close, where a word is due."""
+        self._rivals = [] if self.is_over() or not self._due else self.hearing.rivals()
+        return [self.hearing.plain(reading.words) for reading in self._rivals]
+
+    def judged(self, log_probs: Sequence[float]) -> None:
+        pairs = zip(self._rivals, log_probs, strict=True)
+        self._gains = {reading.words: self.hearing.gain(reading, p) for reading, p in pairs}
+        self._is_known = False
+
+    def plain(self) -> list[int]:
+        return self._plain
 
     def expect(self) -> list[list[int]]:
         """The words that are due without punctuation, and without capitals but the first's."""
@@ -193,15 +256,24 @@ class Joint:
             return self._write_mark(mark)
         if self.n_written and self.n_written + len(form) > self.n_most:
             return []  # the next chunk may write it
-        hearing.beam.commit(said.word.text)
+        self._commit(said.word.text)
         hearing.may_mark, hearing.is_beginning = True, False
         self.n_written += len(form)
         return form
 
+    def _commit(self, word: str) -> None:
+        hearing = self.hearing
+        hearing.beam.commit(word)
+        self._gains = {words[1:]: x for words, x in self._gains.items() if words[:1] == (word,)}
+        self._plain = hearing.plain([word]) if hearing.is_judged else []
+
     def _write_mark(self, mark: int | None) -> list[int]:
-        self.hearing.may_mark = False
+        self.hearing.may_mark, self._plain = False, []
         self.n_written += mark is not None
         if mark is None:
             return []
-        self.hearing.is_beginning = self.hearing.tokenizer.decode([mark]) in ENDS
+        hearing = self.hearing
+        hearing.is_beginning = hearing.tokenizer.decode([mark]) in ENDS
+        if hearing.is_beginning and hearing.is_judged:
+            self._plain = [hearing.tokenizer.bos_id]  # plain texts are sentences
         return [mark]

@@ -17,6 +17,7 @@ from sparqle_stream.errors import ConfigError
 from sparqle_stream.word_beam import WordBeam
 from sparqle_stream.writer import Greedy, Hearing, Joint
 from tests.lexicons import lexicon_of
+from tests.prefixes import prefix_of
 
 CFG = WriterConfig(llm_weight=1.0, mark_odds=3.0, mark_margin=0.0, case_margin=0.0)
 OFF = StreamOptions(vad=VadConfig(kind="off"))
@@ -26,7 +27,8 @@ TEXTS = [[a, b] for a in ("cat", "car", "sat", "a") for b in ("cat", "car", "sat
 class Vocabulary:
     """Tokens of a fixed list; other text is spelled in letters, which come first."""
 
-    words = (" cat", " Cat", " car", " sat", " s", "at", ".", ",", "?", "!")
+    words = (" cat", " Cat", " car", " sat", " s", "at", ".", ",", "?", "!", "<s>")
+    bos_id = len(testing.LETTERS) + len(words)
 
     def __init__(self) -> None:
         self.tokens = [*testing.LETTERS, " ", *self.words]
@@ -194,6 +196,94 @@ def test_a_weight_below_zero_is_refused():
         WriterConfig(llm_weight=-1.0)
 
 
+# --- readings that are judged -------------------------------------------------------------------
+
+JUDGED = replace(CFG, text_weight=1.0, text_share=0.0, text_bonus=0.0, rival_gap=20.0)
+
+
+def judged(vocabulary, lexicon, log_probs, cfg=JUDGED, **options) -> Joint:
+    heard = hearing(vocabulary, lexicon, log_probs)
+    heard.cfg, heard.is_judged = cfg, True
+    return Joint(heard, 9, 0, **options)
+
+
+def judge(joint: Joint, vocabulary, liked: str) -> list[str]:
+    """Tells the writer that readings that begin with a text are likely; what it was in doubt of."""
+    doubts = [vocabulary.decode(ids) for ids in joint.doubts()]
+    joint.judged([0.0 if text.startswith(liked) else -50.0 for text in doubts])
+    return doubts
+
+
+def test_rival_readings_are_judged_as_a_whole(vocabulary, lexicon):
+    """What the second word makes of the first counts too."""
+    unsure = cat_or_car(lexicon, "sat", gap=CFG.patience_frames)
+    for liked, written in ((" cat", [" cat", " sat"]), (" car", [" car", " sat"])):
+        joint = judged(vocabulary, lexicon, unsure, is_last=True)
+        doubts = judge(joint, vocabulary, liked + " sat")
+        assert {" cat sat", " car sat"} <= set(doubts)
+        assert write_all(joint, vocabulary, {}) == written
+
+
+def test_nobody_is_asked_where_there_is_no_doubt(vocabulary, lexicon):
+    sure = frames(lexicon, "cat", "sat", gap=12, sure=0.99999)
+    assert judged(vocabulary, lexicon, sure, replace(JUDGED, rival_gap=3.0)).doubts() == []
+    unsure = cat_or_car(lexicon, gap=CFG.patience_frames)
+    assert judged(vocabulary, lexicon, unsure).doubts()
+    assert judged(vocabulary, lexicon, unsure, replace(JUDGED, text_weight=0.0)).doubts() == []
+    assert judged(vocabulary, lexicon, unsure[:3]).doubts() == []  # nothing is due
+    unable = judged(vocabulary, lexicon, unsure)
+    unable.hearing.is_judged = False
+    assert unable.doubts() == []
+    assert Greedy(3).doubts() == Greedy(3).plain() == []
+
+
+def test_as_many_rivals_as_are_allowed_the_likeliest_first(vocabulary, lexicon):
+    unsure = cat_or_car(lexicon, "sat", "a", gap=CFG.patience_frames)
+    joint = judged(vocabulary, lexicon, unsure, is_last=True)
+    scores = [reading.score for reading in joint.hearing.rivals()]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == JUDGED.n_rivals
+    few = judged(vocabulary, lexicon, unsure, replace(JUDGED, n_rivals=2), is_last=True)
+    assert len(few.doubts()) == 2
+
+
+def test_what_was_judged_holds_for_the_words_after_the_first(vocabulary, lexicon):
+    sure_then_not = frames(lexicon, "sat", gap=4)
+    unsure = np.concatenate([sure_then_not, cat_or_car(lexicon, gap=CFG.patience_frames)])
+    for liked in (" cat", " car"):
+        joint = judged(vocabulary, lexicon, unsure, is_last=True)
+        assert joint.doubts() == []  # the first word is sure
+        joint.hearing.beam.commit("sat")
+        joint = Joint(joint.hearing, 9, 0, is_last=True)
+        judge(joint, vocabulary, liked)
+        assert write_all(joint, vocabulary, {}) == [liked]
+
+
+def test_plain_text_is_words_and_where_sentences_begin(vocabulary, lexicon):
+    joint = judged(vocabulary, lexicon, frames(lexicon, "cat", gap=14))
+    assert joint.goes_on(0.0)
+    ids = joint.suggest()
+    assert vocabulary.decode(joint.pick(ids, [1.0 if i == ids[1] else 0.0 for i in ids])) == " Cat"
+    assert vocabulary.decode(joint.plain()) == " cat"
+    for mark, plain_text in ((",", []), (".", [vocabulary.bos_id])):
+        joint.hearing.may_mark, joint._is_known = True, False
+        assert joint.goes_on(-40.0)
+        ids = joint.suggest()
+        joint.pick(ids, [float(i == vocabulary.encode(mark)[0]) for i in ids])
+        assert joint.plain() == plain_text
+
+
+def test_the_n_grams_share_is_taken_off_what_is_judged(vocabulary, lexicon):
+    joint = judged(vocabulary, lexicon, cat_or_car(lexicon, gap=CFG.patience_frames))
+    reading = joint.hearing.rivals()[0]
+    cfg = replace(JUDGED, text_weight=0.5, text_share=0.25, text_bonus=2.0)
+    joint.hearing.cfg = cfg
+    n = len(reading.words)
+    assert joint.hearing.gain(reading, -4.0) == pytest.approx(
+        -2.0 + 2.0 * n - 0.25 * reading.gram_score
+    )
+
+
 # --- the contract, with a whole engine ------------------------------------------------------------
 
 
@@ -205,11 +295,15 @@ def plain(events) -> list[object]:
     ]
 
 
-@pytest.fixture(scope="module")
-def joint_model(tiny):
+@pytest.fixture(scope="module", params=["unjudged", "judged"])
+def joint_model(tiny, request):
     letters = [[a + b] for a in testing.LETTERS[:12] for b in testing.LETTERS[:12]]
     beam = BeamConfig(piece_floor=-30.0, word_bonus=8.0)  # random weights are sure of nothing
-    cfg = replace(tiny.cfg, beam=beam, writer=WriterConfig(llm_weight=0.5, quiet_frames=2))
+    writer = WriterConfig(llm_weight=0.5, quiet_frames=2, rival_gap=20.0)
+    if request.param == "judged":
+        writer = replace(writer, text_weight=1.0)
+        tiny = replace(tiny, text=prefix_of(tiny))
+    cfg = replace(tiny.cfg, beam=beam, writer=writer)
     return replace(tiny, cfg=cfg, lexicon=lexicon_of(letters))
 
 

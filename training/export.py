@@ -4,8 +4,9 @@
 --pieces runs/pieces.json --words runs/words.safetensors`
 
 The encoder's matrices are stored in int8 with a scale for every row, Q-Former and adapters in bf16;
-norms, biases and the small heads in float32. `--onnx FOLDER` writes the graphs as well that ONNX
-Runtime runs (docs/onnx.md); a folder that `--model` loads too, without torch.
+norms, biases and the small heads in float32. `--text runs/prefix/prefix.safetensors` puts the
+prefix with which the LLM judges readings into bridge.safetensors. `--onnx FOLDER` writes the graphs
+as well that ONNX Runtime runs (docs/onnx.md); a folder that `--model` loads too, without torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 from sparqle_stream import models
 from sparqle_stream.artifacts import sha256
 from sparqle_stream.config import CtcConfig, ModelConfig, QFormerConfig, WriterConfig
-from sparqle_stream.errors import ConfigError
+from sparqle_stream.config_json import read_json
+from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.onnx_cpu.settings import DEFAULT_DTYPE, DTYPES
 from sparqle_stream.tasks import TRANSCRIBE, name_of
 from sparqle_stream.weights import (
@@ -40,14 +42,18 @@ if TYPE_CHECKING:
 
 
 STORED = ("ear.safetensors", "bridge.safetensors", "pieces.json")
+PREFIX = ("text.k", "text.v", "text.ids", "text.bias")  # of training.prefix
 
 
 def compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices as bf16, everything else as float32."""
-    return {
-        k: (v.bfloat16() if v.ndim >= 2 and v.numel() > 4096 else v.float()).contiguous()
-        for k, v in weights.items()
-    }
+    """Matrices as bf16, other numbers as float32; integers (the ids of a prefix) stay."""
+
+    def smaller(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        return value.bfloat16() if value.ndim >= 2 and value.numel() > 4096 else value.float()
+
+    return {name: smaller(value).contiguous() for name, value in weights.items()}
 
 
 def export(
@@ -83,6 +89,28 @@ def export(
     (out / "config.json").write_text(json.dumps(asdict(cfg) | extra, indent=1) + "\n")
 
 
+def add_text(folder: Path, text: Path) -> None:
+    """Puts `text`, what training.prefix made, into a model folder's bridge.safetensors, in place of
+    an older prefix. Other tensors stay as they are; config.json gets the new hash.
+
+    Raises ModelError for files that cannot be read, or a `text` that holds something else.
+    """
+    prefix, bridge = read_safetensors(text), folder / "bridge.safetensors"
+    if prefix.keys() != set(PREFIX):
+        raise ModelError(
+            f"{text} is no prefix: it has {', '.join(sorted(prefix)[:3]) or 'nothing'}",
+            hint="give prefix.safetensors of training.prefix",
+        )
+    rest = {k: v for k, v in read_safetensors(bridge).items() if not k.startswith("text.")}
+    # Beside it, then renamed: the tensors that are written may be a memory map of the old file.
+    whole = folder / "bridge.tmp"
+    save_file(rest | prefix, whole)
+    whole.replace(bridge)
+    config = read_json(folder / "config.json")
+    config["sha256"] = config.get("sha256", {}) | {bridge.name: sha256(bridge)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
 def shapes(heard: dict[str, Tensor], trained: dict[str, Tensor]) -> ModelConfig:
     """The config of weights that training made, by their shapes."""
     encoder, n_pieces = part(heard, "encoder"), len(heard["ctc.out.bias"])
@@ -112,6 +140,7 @@ def main() -> None:
     parser.add_argument("--bridge", type=Path, required=True)
     parser.add_argument("--pieces", type=Path, required=True)
     parser.add_argument("--words", type=Path, help="lexicon; without it the LLM decides alone")
+    parser.add_argument("--text", type=Path, help="prefix.safetensors of training.prefix")
     tuned = ("llm_weight", "stop_threshold", "mark_odds", "mark_margin", "case_margin")
     for name in tuned:
         default = getattr(WriterConfig(), name)
@@ -128,6 +157,8 @@ def main() -> None:
     with reported():
         writer = WriterConfig(**{name: getattr(args, name) for name in tuned})
         export(args.out, args.ear, args.bridge, args.pieces, args.words, writer, tuple(args.tasks))
+        if args.text:
+            add_text(args.out, args.text)
         if args.onnx:
             models.write_graphs(args.out, args.llm, args.onnx, args.dtype)
     size = sum(p.stat().st_size for p in args.out.iterdir()) / 1e6

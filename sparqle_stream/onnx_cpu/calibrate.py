@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sparqle_stream import audio, stages
@@ -46,6 +47,10 @@ def slot_scales(model: SparqleModel) -> dict[str, Floats]:
     for i in range(model.cfg.llm.n_layers):
         k, v = (x[i, 0, :, :n_rows].float() for x in (state.k, state.v))
         scales[f"k_{i}"], scales[f"v_{i}"] = _steps(_turned(k)), _steps(v.abs())
+        if (text := model.text) is not None:  # what was trained may be larger than what is read
+            for name, trained in (("k", text.k[i]), ("v", text.v[i])):
+                least = trained.abs().amax(dim=1)[None, :, None].numpy() / 127.0
+                scales[f"{name}_{i}"] = np.maximum(scales[f"{name}_{i}"], least)
     return scales
 
 

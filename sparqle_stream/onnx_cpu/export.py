@@ -7,6 +7,7 @@
     tokens.npy        the LLM's embeddings (V, E), float16
     head.npy          its output embeddings, where they differ
     stop.npy          stop head: (E + 1,) weights and bias
+    text.npz, plain.onnx   prefix and normaliser of plain text, where the model has them
     tokenizer.json, pieces.json, words.safetensors   text
 
 A folder appears complete or not at all: it is written beside its place and renamed.
@@ -19,7 +20,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,8 +34,10 @@ from sparqle_stream.tokenizer import TextTokenizer
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparqle_stream.judge import TextPrefix
     from sparqle_stream.llm import Llm
     from sparqle_stream.onnx_cpu.graph import Floats
+    from sparqle_stream.onnx_cpu.graphs import Weights
     from sparqle_stream.torch_model import SparqleModel
 
 
@@ -71,6 +74,8 @@ def _write(model: SparqleModel, out: Path, dtype: str) -> None:
     tokens = _array(model.llm.tokens.weight)
     head = tokens if model.llm.head is None else _array(model.llm.head.weight)
     graphs.vocabulary(head, is_int8=is_int8).save(out)
+    if model.text is not None:
+        _write_prefix(model.text, head, scales, out)
     np.save(out / "tokens.npy", tokens.astype(np.float16))
     if head is not tokens:
         np.save(out / "head.npy", head.astype(np.float16))
@@ -88,6 +93,18 @@ def _write(model: SparqleModel, out: Path, dtype: str) -> None:
         "config": asdict(cfg),
     }
     (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_prefix(text: TextPrefix, head: Floats, scales: Weights | None, out: Path) -> None:
+    ids, bias = text.ids.numpy(), _array(text.bias)
+    graphs.plain(head[ids], bias[ids], is_int8=scales is not None).save(out)
+    kv: dict[str, Any] = {
+        f"{x}_{i}": _array(of) for x in "kv" for i, of in enumerate(getattr(text, x))
+    }
+    if scales is not None:
+        rounded = {name: np.rint(of / scales[name][0]) for name, of in kv.items()}
+        kv = {name: np.clip(of, -127, 127).astype(np.int8) for name, of in rounded.items()}
+    np.savez(out / "text.npz", bias=bias, **kv)
 
 
 def _joined(llm: Llm) -> dict[str, Floats]:

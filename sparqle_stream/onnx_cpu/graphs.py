@@ -358,6 +358,15 @@ def vocabulary(weight: Floats, *, is_int8: bool = False) -> Graph:
     return g
 
 
+def plain(weight: Floats, bias: Floats, *, is_int8: bool = False) -> Graph:
+    """hidden (R, E) -> log sum of exp of the logits (R,) of the tokens that plain text uses (U)."""
+    g = Graph("plain", is_int8=is_int8)
+    logits = g.linear(g.input("hidden", FLOAT, ["R", weight.shape[1]]), weight, bias)
+    everything = g.add("ReduceLogSumExp", logits, g.const([-1]), keepdims=0)
+    g.output("log_sum", everything, ["R"])
+    return g
+
+
 # --- what they share ------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from sparqle_stream.onnx_cpu.memory import Kind
-    from sparqle_stream.stages import Tokenizer
+    from sparqle_stream.stages import Floats, Tokenizer
 
 GRAPHS = ("features", "ear", "qformer", "llm")
 KINDS: dict[str, Kind] = {
@@ -36,6 +36,18 @@ FILES = (
     *(f"{name}.{kind}" for name in (*GRAPHS, "vocabulary") for kind in ("onnx", "data")),
     *("tokens.npy", "stop.npy", "pieces.json"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrefix:
+    """What stands before plain text, so that the LLM is a language model of speech."""
+
+    kv: dict[str, npt.NDArray[Any]]  # (KV, P, d) by name of the slot, as slots hold them
+    bias: npt.NDArray[np.float32]  # (V,) of every token
+
+    @property
+    def n_places(self) -> int:
+        return int(self.kv["k_0"].shape[1])
 
 
 @dataclass(slots=True)
@@ -53,6 +65,7 @@ class OnnxModel:
     tokens: npt.NDArray[np.float16]  # (V, E) embeddings, mapped: what is not used is not read
     head: npt.NDArray[np.float16]  # (V, E) output embeddings, the same unless untied
     stop: npt.NDArray[np.float32]  # (E + 1,) stop head
+    text: TextPrefix | None = None  # None: nobody judges readings
     is_shared: bool = True  # sessions may be run by several threads
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -71,6 +84,14 @@ class OnnxModel:
                 if name not in self.sessions:
                     self.sessions[name] = open_session(self.folder / f"{name}.onnx")
         return self.sessions[name]
+
+    def plain_log_probs(self, hidden: Floats, ids: list[int]) -> Floats:
+        """hidden (R, E) before each of R tokens of plain text -> their log-probabilities (R,)."""
+        assert self.text is not None
+        logits = np.einsum("re,re->r", hidden, self.head[ids].astype(np.float32))
+        everything = self.session("plain").run(None, {"hidden": hidden})[0]
+        out: Floats = logits + self.text.bias[ids] - everything
+        return out
 
     def kind(self, graph: str, name: str) -> Kind:
         """Of which numbers an input of a graph is."""
@@ -94,7 +115,7 @@ def load(folder: Path, tokenizer: Tokenizer | None = None) -> OnnxModel:
     cfg: ModelConfig = config_from_json(ModelConfig, raw["config"], folder / INDEX)
     pieces, words = CtcPieces.load(folder / "pieces.json"), folder / "words.safetensors"
     tokens = _mapped(folder / "tokens.npy")
-    head = folder / "head.npy"
+    head, text = folder / "head.npy", folder / "text.npz"
     return OnnxModel(
         cfg=cfg,
         pieces=pieces,
@@ -107,6 +128,7 @@ def load(folder: Path, tokenizer: Tokenizer | None = None) -> OnnxModel:
         tokens=tokens,
         head=_mapped(head) if head.is_file() else tokens,
         stop=np.load(folder / "stop.npy"),
+        text=_prefix(text) if text.is_file() else None,
     )
 
 
@@ -119,6 +141,15 @@ def open_session(path: Path) -> Any:  # noqa: ANN401 - onnxruntime has no types
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as err:
         raise ModelError(f"cannot load {path}: {err}", hint="export the model anew") from err
+
+
+def _prefix(path: Path) -> TextPrefix:
+    try:
+        with np.load(path) as stored:
+            kv = {name: stored[name] for name in stored.files if name != "bias"}
+            return TextPrefix(kv, stored["bias"])
+    except (OSError, ValueError, KeyError) as err:
+        raise ModelError(f"cannot read {path}: {err}", hint="export the model anew") from err
 
 
 def _mapped(path: Path) -> Any:  # noqa: ANN401 - numpy.memmap

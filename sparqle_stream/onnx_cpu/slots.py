@@ -16,11 +16,13 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from sparqle_stream.errors import ModelError
+from sparqle_stream.onnx_cpu.judge import Judge
 from sparqle_stream.onnx_cpu.memory import sparse_zeros
 from sparqle_stream.onnx_cpu.settings import PASS_ROWS, places
+from sparqle_stream.plain_text import MOST_APART
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sparqle_stream.decode import Expect
     from sparqle_stream.onnx_cpu.model import OnnxModel
@@ -30,11 +32,15 @@ if TYPE_CHECKING:
 
 
 class Slots:
-    """K/V of every row and what waits to be written into it."""
+    """K/V of every row and what waits to be written into it.
+
+    With a prefix for plain text there are more slots than rows: see `judge.Judge`.
+    """
 
     def __init__(self, model: OnnxModel, n_rows: int) -> None:
-        cfg = model.cfg.llm
+        cfg, prefix = model.cfg.llm, model.text
         self.model, self.n_slot, self.width = model, cfg.n_slot, cfg.width
+        n_judged, n_rows = n_rows, n_rows if prefix is None else 2 * n_rows + MOST_APART
         shape = (n_rows, cfg.n_kv_heads, places(cfg.n_slot), cfg.head_width)
         kind, layers = model.kind("llm", "k_0"), range(cfg.n_layers)
         self.kv = {f"{part}_{i}": sparse_zeros(shape, kind) for i in layers for part in "kv"}
@@ -50,6 +56,15 @@ class Slots:
             part, layer = name.split("_")
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(f"{part}_out_{layer}", value)
+        self._judge: Judge | None = None
+        if prefix is not None:
+            self._judge = Judge(self, prefix, n_judged, model.tokenizer.bos_id)
+
+    def wipe(self, row: int) -> None:
+        """The row is a new stream's."""
+        self.forget(row)
+        if self._judge is not None:
+            self._judge.wipe(row)
 
     def forget(self, row: int) -> None:
         """The slot is empty. K/V bytes stay: length 0 makes them invisible."""
@@ -87,10 +102,20 @@ class Slots:
             out[row] = asked, logits.tolist()
         return out
 
+    def judge(
+        self, doubts: Mapping[int, list[list[int]]], expect: Expect
+    ) -> dict[int, list[float]]:
+        return self._judge.judge(doubts, expect) if self._judge is not None else {}
+
+    def note(self, plain: Mapping[int, list[int]]) -> None:
+        if self._judge is not None:
+            for row, ids in plain.items():
+                self._judge.plain.say(row, ids)
+
     def leave(self, tokens: Mapping[int, list[int]]) -> None:
         for row, ids in tokens.items():
             if ids and not self._is_ahead(row, ids):
-                self.leave_embedded(row, self._embed(ids))
+                self.leave_embedded(row, self.embed(ids))
 
     def leave_embedded(self, row: int, embeds: Floats) -> None:
         """embeds (R, E) will be the slot's next rows."""
@@ -100,18 +125,21 @@ class Slots:
     def read(self, tokens: Mapping[int, list[int]], expect: Expect | None = None) -> None:
         """All that waits in these rows, then their tokens, then what they expect."""
         self.leave(tokens)
-        new = {row: np.concatenate(self._waiting[row]) for row in tokens if self._waiting[row]}
-        if not new:
-            return
+        if new := self.take(tokens):
+            self.append(new, {row: expect(row) for row in new} if expect else {}, {})
+
+    def take(self, rows: Iterable[int]) -> dict[int, Floats]:
+        """What waits in some rows and fits into one pass; all before that is read."""
+        new = {row: np.concatenate(self._waiting[row]) for row in rows if self._waiting[row]}
         self._check_room(new)
         for row in new:
             self._waiting[row].clear()
         while longer := {row: e for row, e in new.items() if len(e) > PASS_ROWS}:
-            self._append({row: embeds[:PASS_ROWS] for row, embeds in longer.items()}, {})
+            self.append({row: embeds[:PASS_ROWS] for row, embeds in longer.items()}, {}, {})
             new |= {row: embeds[PASS_ROWS:] for row, embeds in longer.items()}
-        self._append(new, {row: expect(row) for row in new} if expect else {})
+        return new
 
-    def _embed(self, ids: list[int]) -> Floats:
+    def embed(self, ids: list[int]) -> Floats:
         embeds: Floats = self.model.tokens[ids].astype(np.float32)
         return embeds
 
@@ -133,21 +161,34 @@ class Slots:
                     hint="cut the segment before its slot is full",
                 )
 
-    def _append(self, new: Mapping[int, Floats], ahead: Mapping[int, list[list[int]]]) -> None:
-        """One pass of the graph `llm`; see graphs.llm for its inputs."""
+    def append(
+        self,
+        new: Mapping[int, Floats],
+        ahead: Mapping[int, list[list[int]]],
+        apart: Mapping[int, Floats],
+    ) -> dict[int, Floats]:
+        """One pass of the graph `llm`; see graphs.llm for its inputs.
+
+        new: embeddings (R, E) that slots go on with; ahead: what slots may read behind these;
+        apart: embeddings that count for nobody -> the hidden state (R, E) of each.
+        """
+        if not new and not apart:
+            return {}
         picks = {row: self._fitting(row, len(new[row]), ids) for row, ids in ahead.items()}
-        parts = {
-            row: [embeds, *map(self._embed, picks.get(row, []))] for row, embeds in new.items()
-        }
+        parts = {row: [embeds, *map(self.embed, picks.get(row, []))] for row, embeds in new.items()}
         rows = {row: np.concatenate(embeds) for row, embeds in parts.items()}
         ends = np.cumsum(
             [len(part) for embeds in parts.values() for part in embeds], dtype=np.int64
         )
-        hidden = iter(self._run(rows, ends - 1))
+        n_counting = int(ends[-1]) if len(ends) else 0
+        n_apart = sum(map(len, apart.values()))
+        every = self._run({**rows, **apart}, np.append(ends - 1, n_counting + np.arange(n_apart)))
+        hidden = iter(every)
         for row, embeds in new.items():
             self.length[row] += len(embeds)
             self.hidden[row] = next(hidden)
             self._ahead[row] = [(ids, next(hidden)) for ids in picks.get(row, [])]
+        return {row: np.array([next(hidden) for _ in embeds]) for row, embeds in apart.items()}
 
     def _fitting(self, row: int, n_new: int, picks: list[list[int]]) -> list[list[int]]:
         """As many of a row's picks as fit into the pass and the slot behind its new rows."""

@@ -126,6 +126,7 @@ class OnnxStages:
     def wipe(self, row: int) -> None:
         self.peak[row] = FIRST_PEAK
         self._forget(row, wipe=True)
+        self.slots.wipe(row)
 
     def begin(self, prefixes: Mapping[int, list[int]]) -> None:
         for row, prefix in prefixes.items():

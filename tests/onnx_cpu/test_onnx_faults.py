@@ -69,7 +69,7 @@ def is_bad(session) -> bool:
 
 
 class BrokenWriter(Greedy):
-    """Fails in one of its methods, at the second token."""
+    """Fails in one of its methods, at the second token; in what is asked once, at once."""
 
     def __init__(self, place):
         super().__init__(8, 1.0 - 1e-9)
@@ -77,7 +77,7 @@ class BrokenWriter(Greedy):
 
     def _break(self, place):
         self.n_asked += place == self.place
-        if self.n_asked >= 2:
+        if self.n_asked >= (1 if place in ("doubts", "judged") else 2):
             raise ZeroDivisionError("a writer's bug")
 
     def goes_on(self, stop):
@@ -92,12 +92,23 @@ class BrokenWriter(Greedy):
         self._break("pick")
         return super().pick(ids, scores)
 
+    def doubts(self):
+        self._break("doubts")
+        return [[3], [4]] if self.place == "judged" else []
+
+    def judged(self, log_probs):
+        self._break("judged")
+
+    def plain(self):
+        self._break("plain")
+        return []
+
     def is_over(self):
         self._break("is_over")
         return super().is_over()
 
 
-@pytest.mark.parametrize("place", ["goes_on", "suggest", "pick", "is_over"])
+@pytest.mark.parametrize("place", ["goes_on", "suggest", "pick", "doubts", "plain", "is_over"])
 def test_a_writer_that_fails(engine, alone, monkeypatch, caplog, place):
     hear = Session.hear
 

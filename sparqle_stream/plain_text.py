@@ -1,0 +1,56 @@
+"""Plain text: what was said so far, as the LLM reads it to judge what may be said next.
+
+Beside the slot that it writes captions into, each row has one that holds the words alone: lower
+case, without queries or punctuation, a beginning of its own before every sentence. Here is what the
+host knows of it: which tokens wait to be read, and which were the last ones, with which the slot
+begins anew when it is full. Bounded, whatever the length of the stream. No torch in here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MOST_APART = 8  # readings that are judged in one pass, of all rows
+MOST_READ = 32  # tokens of a reading that count
+MOST_WAITING = 48  # tokens
+N_LAST = 24  # tokens that a slot begins anew with
+
+
+class Due(NamedTuple):
+    """What a row's slot has to read before a reading can be judged."""
+
+    ids: list[int]
+    is_new: bool  # the slot has to be emptied first
+
+
+class PlainText:
+    """Tokens of all rows that wait for their slots."""
+
+    def __init__(self, n_rows: int, n_slot: int, bos_id: int) -> None:
+        self.n_slot, self.bos_id = n_slot, bos_id
+        self._last: list[list[int]] = [[] for _ in range(n_rows)]
+        self._waiting: list[list[int]] = [[bos_id] for _ in range(n_rows)]
+        self._is_new = [True] * n_rows
+
+    def wipe(self, row: int) -> None:
+        """The row is a new stream's: nothing was said."""
+        self._last[row] = []
+        self._begin(row)
+
+    def say(self, row: int, ids: list[int]) -> None:
+        self._last[row] = (self._last[row] + ids)[-N_LAST:]
+        self._waiting[row] = self._waiting[row] + ids
+        if len(self._waiting[row]) > MOST_WAITING:
+            self._begin(row)
+
+    def take(self, row: int, n_filled: int) -> Due:
+        """What waits, for a slot of `n_filled` places in use."""
+        if n_filled + len(self._waiting[row]) + MOST_READ > self.n_slot:
+            self._begin(row)
+        due = Due(self._waiting[row], self._is_new[row])
+        self._waiting[row], self._is_new[row] = [], False
+        return due
+
+    def _begin(self, row: int) -> None:
+        self._waiting[row] = [self.bos_id, *self._last[row]]
+        self._is_new[row] = True

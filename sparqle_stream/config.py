@@ -243,11 +243,11 @@ class WriterConfig:
     quiet_frames: int = 8  # of CTC (40 ms) without a piece, after which a word is over
     sure: float = 0.8  # share of the readings' probability that a word needs ...
     patience_frames: int = 20  # ... unless it is as old as this, in frames of CTC
-    # Rival readings, judged as plain text where the model has a prefix for it (judge.TextPrefix):
-    text_weight: float = 0.0  # of their log-probability; 0: nobody judges
-    text_share: float = 0.5  # of what the n-grams say of them that this takes the place of
+    # Rival readings are judged as plain text where the model has a prefix for it (judge.py):
+    text_weight: float = 0.6  # of their log-probability; 0: nobody judges
+    text_share: float = 0.2  # of what the n-grams say of them that this takes the place of
     text_bonus: float = 1.0  # for each of their words
-    n_rivals: int = 4  # readings at most
+    n_rivals: int = 3  # readings at most
     rival_gap: float = 6.0  # nats that they may be behind the best
 
     def __post_init__(self) -> None:

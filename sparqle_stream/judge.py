@@ -17,14 +17,16 @@ from torch import Tensor
 
 from sparqle_stream import llm as llm_stage
 from sparqle_stream.errors import ModelError
-from sparqle_stream.plain_text import MOST_APART, MOST_READ, PlainText
+from sparqle_stream.plain_text import LONGEST, MOST_RIVALS, PlainText, portions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparqle_stream.config import LlmConfig
     from sparqle_stream.llm import Llm, LlmState
+    from sparqle_stream.plain_text import Doubts
 
+MOST_PLACES = 64  # apart: a slot of memory each
 # Bias of tokens that plain text never used; their share is in no sum.
 UNUSED = -8.0
 
@@ -53,6 +55,11 @@ class TextPrefix:
         found = {(*x.shape[:2], *x.shape[3:]) for x in (k, v)}
         if found != {shape} or int(ids.max()) >= cfg.vocab:
             raise ModelError("the prefix for plain text is of another LLM", hint="train it anew")
+        if k.shape[2] + 2 * LONGEST > cfg.n_slot:
+            raise ModelError(
+                f"a prefix of {k.shape[2]} places leaves no room in slots of {cfg.n_slot}",
+                hint="train a shorter one, or make n_slot larger",
+            )
         bias = torch.full((cfg.vocab,), UNUSED)
         bias[ids] = stored["bias"].float()
         return cls(k, v, ids, bias)
@@ -68,20 +75,18 @@ class Judge:
     def __init__(
         self, llm: Llm, state: LlmState, prefix: TextPrefix, n_rows: int, bos_id: int
     ) -> None:
-        """state: of `n_slots(n_rows)` slots."""
+        """state: of `n_slots(prefix, n_rows)` slots."""
         self.llm, self.state, self.n_rows = llm, state, n_rows
-        device, dtype = state.k.device, state.k.dtype
-        self._n_places = prefix.n_places
-        self._bias = prefix.bias.to(device)
-        self._ids = prefix.ids.to(device)
+        self.plain = PlainText(n_rows, state.k.shape[3], bos_id)
+        device, dtype, n = state.k.device, state.k.dtype, prefix.n_places
         head = llm.tokens if llm.head is None else llm.head
         self._head: Tensor = head.get_parameter("weight").detach()
-        self._used = self._head[self._ids]
-        self.plain = PlainText(n_rows, state.k.shape[3], bos_id)
-        self._length = [prefix.n_places] * n_rows
-        state.k[:, n_rows:, :, : prefix.n_places] = prefix.k.to(device, dtype)[:, None]
-        state.v[:, n_rows:, :, : prefix.n_places] = prefix.v.to(device, dtype)[:, None]
-        state.length[n_rows:] = prefix.n_places
+        self._bias, self._ids = prefix.bias.to(device), prefix.ids.to(device)
+        self._used = self._head[self._ids]  # (U, E)
+        self._n_places = n
+        self._length = [n] * n_rows  # of each row's plain text, as in state.length
+        state.k[:, n_rows:, :, :n] = prefix.k.to(device, dtype)[:, None]
+        state.v[:, n_rows:, :, :n] = prefix.v.to(device, dtype)[:, None]
 
     def wipe(self, row: int) -> None:
         self.plain.wipe(row)
@@ -93,51 +98,75 @@ class Judge:
     @torch.inference_mode()
     def judge(self, doubts: Mapping[int, list[list[int]]]) -> dict[int, list[float]]:
         """log p of each row's readings after its plain text."""
-        return {row: self._judge(row, readings) for row, readings in doubts.items()}
+        out: dict[int, list[float]] = {}
+        for some in portions(doubts, self.state.k.shape[1] - 2 * self.n_rows):
+            out |= self._judge(some)
+        return out
 
-    def _judge(self, row: int, readings: list[list[int]]) -> list[float]:
-        self._catch_up(row)
-        cut = [ids[:MOST_READ] for ids in readings[:MOST_APART]]
-        n_tokens = max(map(len, cut))
-        ids = torch.zeros(len(cut), n_tokens, dtype=torch.int64, device=self._ids.device)
-        for place, reading in enumerate(cut):
-            ids[place, : len(reading)] = torch.tensor(reading)
-        first = self.state.hidden[self.n_rows + row].expand(len(cut), 1, -1)
-        before = torch.cat([first, self._read_apart(row, ids[:, :-1])], dim=1)
-        log_probs = self._log_probs(before, ids)
-        return [float(of[: len(reading)].sum()) for of, reading in zip(log_probs, cut, strict=True)]
+    def _judge(self, doubts: Doubts) -> dict[int, list[float]]:
+        """One pass: what waits goes into a row's slot, and before each reading into its place."""
+        slots, starts, rows = list[int](), list[int](), list[list[int]]()
+        place, waiting = 2 * self.n_rows, dict[int, list[int]]()
+        for row, readings in doubts.items():
+            waiting[row] = ids = self._catch_up(row)
+            self._lend(row, place, len(readings))
+            slots += [self.n_rows + row, *range(place, place + len(readings))]
+            starts += [self._length[row]] * (1 + len(readings))
+            rows += [ids, *(ids + reading[:-1] for reading in readings)]
+            place += len(readings)
+        hidden = self._read(slots, starts, rows)
+        out, at = {}, 0
+        for row, readings in doubts.items():
+            text, n = self.n_rows + row, len(waiting[row])
+            if n:
+                self.state.hidden[text] = hidden[at, n - 1]
+                self._length[row] += n
+            first = self.state.hidden[text][None]
+            out[row] = [
+                self._log_prob(torch.cat([first, hidden[at + 1 + i, n : n + len(ids) - 1]]), ids)
+                for i, ids in enumerate(readings)
+            ]
+            at += 1 + len(readings)
+        return out
 
-    def _catch_up(self, row: int) -> None:
-        text = self.n_rows + row
+    def _catch_up(self, row: int) -> list[int]:
+        """What the row's plain text has to read."""
         ids, is_new = self.plain.take(row, self._length[row])
         if is_new:
-            self._length[row] = self.state.length[text] = self._n_places
-        if ids:
-            device = self._ids.device
-            slots, tokens = torch.tensor([text], device=device), torch.tensor([ids], device=device)
-            llm_stage.append_rows(self.llm, self.state, self.llm.embed(tokens), slots)
-            self._length[row] += len(ids)
+            self._length[row] = self._n_places
+        return ids
 
-    def _read_apart(self, row: int, ids: Tensor) -> Tensor:
-        """ids (N, R) behind a row's plain text, padded on the right -> hidden (N, R, E)."""
-        state, text, start, n = self.state, self.n_rows + row, self._n_places, self._length[row]
-        if not ids.shape[1]:
-            return state.hidden.new_zeros(len(ids), 0, state.hidden.shape[1])
-        apart = torch.arange(2 * self.n_rows, 2 * self.n_rows + len(ids), device=ids.device)
-        for array in (state.k, state.v):
-            array[:, apart, :, start:n] = array[:, text : text + 1, :, start:n]
-        state.length[apart] = n
-        x = llm_stage.through_layers(self.llm, state, self.llm.embed(ids), apart)
+    def _lend(self, row: int, place: int, n: int) -> None:
+        """n places hold what the plain text's slot does, behind the prefix, which all have."""
+        counts = slice(self._n_places, self._length[row])
+        text = self.n_rows + row
+        for array in (self.state.k, self.state.v):
+            array[:, place : place + n, :, counts] = array[:, text : text + 1, :, counts]
+
+    def _read(self, slots: list[int], starts: list[int], rows: list[list[int]]) -> Tensor:
+        """rows, padded on the right, behind what counts in their slots -> hidden (N, R, E)."""
+        longest, device = max(map(len, rows)), self._ids.device
+        if not longest:
+            return self.state.hidden.new_zeros(len(rows), 0, self.state.hidden.shape[1])
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        order = torch.tensor(slots, device=device).argsort()  # slots of a pass ascend
+        where = torch.tensor(slots, device=device)[order]
+        self.state.length[where] = torch.tensor(starts, device=device)[order]
+        embeds = self.llm.embed(ids[order])
+        x = llm_stage.through_layers(self.llm, self.state, embeds, where)
         hidden: Tensor = self.llm.norm(x)
-        return hidden
+        return hidden[order.argsort()]
 
-    def _log_probs(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """hidden (N, R, E) before each of ids (N, R) -> log-probabilities (N, R)."""
-        logits = (hidden * self._head[ids]).float().sum(dim=-1) + self._bias[ids]
+    def _log_prob(self, hidden: Tensor, ids: list[int]) -> float:
+        """hidden (R, E) before each of R ids -> log p of all of them."""
+        at = torch.tensor(ids, device=self._ids.device)
+        logits = (hidden * self._head[at]).float().sum(dim=-1) + self._bias[at]
         every = torch.nn.functional.linear(hidden, self._used).float() + self._bias[self._ids]
-        return logits - every.logsumexp(dim=-1)
+        return float((logits - every.logsumexp(dim=-1)).sum())
 
 
 def n_slots(prefix: TextPrefix | None, n_rows: int) -> int:
     """Slots of an LLM's state: each row's captions, its plain text, and places apart."""
-    return n_rows if prefix is None else 2 * n_rows + MOST_APART
+    if prefix is None:
+        return n_rows
+    return 2 * n_rows + min(max(MOST_RIVALS, 4 * n_rows), MOST_PLACES)

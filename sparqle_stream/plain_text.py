@@ -8,11 +8,17 @@ begins anew when it is full. Bounded, whatever the length of the stream. No torc
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-MOST_APART = 8  # readings that are judged in one pass, of all rows
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    Doubts = dict[int, list[list[int]]]  # rival readings by row, as tokens
+
+MOST_RIVALS = 8  # readings of one row
 MOST_READ = 32  # tokens of a reading that count
 MOST_WAITING = 48  # tokens
+LONGEST = 1 + MOST_WAITING + MOST_READ  # rows of one pass
 N_LAST = 24  # tokens that a slot begins anew with
 
 
@@ -44,8 +50,8 @@ class PlainText:
             self._begin(row)
 
     def take(self, row: int, n_filled: int) -> Due:
-        """What waits, for a slot of `n_filled` places in use."""
-        if n_filled + len(self._waiting[row]) + MOST_READ > self.n_slot:
+        """What waits, for a slot of `n_filled` places in use; a reading fits behind it."""
+        if n_filled + LONGEST > self.n_slot:
             self._begin(row)
         due = Due(self._waiting[row], self._is_new[row])
         self._waiting[row], self._is_new[row] = [], False
@@ -54,3 +60,16 @@ class PlainText:
     def _begin(self, row: int) -> None:
         self._waiting[row] = [self.bos_id, *self._last[row]]
         self._is_new[row] = True
+
+
+def portions(doubts: Mapping[int, list[list[int]]], n_places: int) -> Iterator[Doubts]:
+    """As many rows as there are places for their readings, which are cut to a sensible length."""
+    some: Doubts = {}
+    for row, readings in doubts.items():
+        cut = [reading[:MOST_READ] for reading in readings[:MOST_RIVALS]]
+        if some and sum(map(len, some.values())) + len(cut) > n_places:
+            yield some
+            some = {}
+        some[row] = cut
+    if some:
+        yield some

@@ -119,7 +119,7 @@ def read(folder: Path, source: str | Path) -> SparqleModel:
         name=cfg.name,
         weights_hash=artifacts.hash_of(folder, source),
         device=torch.device("cpu"),
-        text=TextPrefix.of(weights.part(bridge, "text"), files.cfg),
+        text=TextPrefix.of(weights.part(bridge, "text"), replace(files.cfg, n_slot=cfg.llm.n_slot)),
     )
     ear = weights.expanded(weights.read_safetensors(folder / "ear.safetensors"))
     weights.load_into(model.encoder, weights.part(ear, "encoder"))

@@ -10,7 +10,14 @@ import torch
 from sparqle_stream import llm as llm_stage
 from sparqle_stream.errors import ModelError
 from sparqle_stream.judge import Judge, TextPrefix, n_slots
-from sparqle_stream.plain_text import MOST_APART, MOST_READ, MOST_WAITING, N_LAST, PlainText
+from sparqle_stream.plain_text import (
+    LONGEST,
+    MOST_READ,
+    MOST_RIVALS,
+    MOST_WAITING,
+    N_LAST,
+    PlainText,
+)
 from tests.prefixes import BEFORE, USED, prefix_of
 
 SAID = [90, 91, 92]
@@ -85,7 +92,7 @@ def test_captions_are_not_touched(tiny):
 
 
 def test_a_slot_that_is_full_goes_on_after_the_last_words(tiny):
-    cfg = replace(tiny.cfg.llm, n_slot=len(BEFORE) + N_LAST + MOST_READ + 20)
+    cfg = replace(tiny.cfg.llm, n_slot=len(BEFORE) + N_LAST + LONGEST + 20)
     prefix = prefix_of(tiny)
     state = llm_stage.init_state(cfg, n_slots(prefix, 1))
     judge = Judge(tiny.llm, state, prefix, 1, tiny.tokenizer.bos_id)
@@ -105,7 +112,7 @@ def test_long_readings_and_many_of_them(tiny):
     assert got == pytest.approx(
         [whole(tiny, [], long[:MOST_READ]), whole(tiny, [], [100])], abs=1e-3
     )
-    assert len(judge.judge({0: [[100]] * MOST_APART})[0]) == MOST_APART
+    assert len(judge.judge({0: [[100]] * MOST_RIVALS})[0]) == MOST_RIVALS
 
 
 def test_plain_text_is_bounded():
@@ -140,5 +147,7 @@ def test_a_prefix_of_another_llm_is_refused(tiny):
         TextPrefix.of(stored, replace(cfg, n_layers=3))
     with pytest.raises(ModelError, match="of another LLM"):
         TextPrefix.of(stored, replace(cfg, vocab=50))
+    with pytest.raises(ModelError, match="leaves no room in slots of 160"):
+        TextPrefix.of(stored, replace(cfg, n_slot=160))
     with pytest.raises(ModelError, match=r"no text\.bias"):
         TextPrefix.of({name: x for name, x in stored.items() if name != "bias"}, cfg)

@@ -29,8 +29,6 @@ CONTRIB_OPS = frozenset(
         "GroupQueryAttention",
         "MatMulIntegerToFloat",
         "QuickGelu",
-        "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
     ]
 )
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
@@ -161,6 +159,15 @@ class Graph:
         scales = self.const(1.0), self.const(scale / LARGEST)
         y = self.add("MatMulIntegerToFloat", whole, self.const(q.T), *scales, zero)
         return str(self.add("Mul", y, largest))
+
+    def windows(self, x: str, width: int, stride: int) -> str:
+        """x (B, T, D) -> (B, (T - width) / stride + 1, width D): so many rows side by side."""
+        ends = [self.add("Sub", self.size(x, 1), self.const([width - 1 - i])) for i in range(width)]
+        axis, step = self.const([1]), self.const([stride])
+        parts = [
+            self.add("Slice", x, self.const([i]), end, axis, step) for i, end in enumerate(ends)
+        ]
+        return self.concat(*parts, axis=-1)
 
     def heads(self, x: str, n_heads: int) -> str:
         """x (B, T, H d) -> (B, H, T, d)."""

@@ -118,11 +118,13 @@ def ear(cfg: EncoderConfig, encoder: Weights, ctc: Weights, *, is_int8: bool = F
 
 
 def _stem(g: Graph, cfg: EncoderConfig, w: Weights, mel: str, position: str) -> str:
-    x = g.transpose(mel, 0, 2, 1)
-    for name, stride in (("conv1", 1), ("conv2", 2)):
-        weights = g.const(w[f"{name}.weight"]), g.const(w[f"{name}.bias"])
-        x = g.add("Gelu", g.add("Conv", x, *weights, kernel_shape=[3], strides=[stride]))
-    x = g.transpose(x, 0, 2, 1)
+    """Convolutions as products of three frames side by side; that of the mel frames is small, and
+    stays in float32."""
+    first, second = (w[f"{name}.weight"].transpose(0, 2, 1) for name in ("conv1", "conv2"))
+    x = g.add("MatMul", g.windows(mel, 3, 1), g.const(first.reshape(len(first), -1).T))
+    x = g.add("BiasGelu", x, g.const(w["conv1.bias"]))
+    x = g.linear(g.windows(x, 3, 2), second.reshape(len(second), -1))
+    x = g.add("BiasGelu", x, g.const(w["conv2.bias"]))
     frame = g.add("Add", g.unsqueeze(position, 1), g.count(g.size(x, 1)))
     index = g.add("Mod", frame, g.const(cfg.n_positions))
     return str(g.add("Add", x, g.add("Gather", g.const(w["positions"]), index, axis=0)))
@@ -381,15 +383,12 @@ def _mask(g: Graph, position: str) -> str:
 
 
 def _add_norm(g: Graph, y: str, x: str, norm: tuple[str, str], bias: Floats) -> tuple[str, str]:
-    """LayerNorm(x + y + bias), x + y + bias."""
-    inputs = [y, x, *norm, g.const(bias)]
-    normed, _, _, added = g.add("SkipLayerNormalization", *inputs, outputs=4, epsilon=EPS)
-    return normed, added
+    """LayerNorm(x + y + bias), x + y + bias. The operator that does both takes four times as long."""
+    added = g.add("Add", g.add("Add", y, g.const(bias)), x)
+    return g.add("LayerNormalization", added, *norm, epsilon=EPS, axis=-1), added
 
 
 def _add_rms_norm(g: Graph, cfg: LlmConfig, y: str, x: str, weight: Floats) -> tuple[str, str]:
     """RmsNorm(x + y), x + y."""
-    inputs = [y, x, g.const(weight)]
-    op = "SkipSimplifiedLayerNormalization"
-    normed, _, _, added = g.add(op, *inputs, outputs=4, epsilon=cfg.rms_eps)
-    return normed, added
+    added, op = g.add("Add", y, x), "SimplifiedLayerNormalization"
+    return g.add(op, added, g.const(weight), epsilon=cfg.rms_eps, axis=-1), added

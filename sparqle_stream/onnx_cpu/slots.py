@@ -16,10 +16,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from sparqle_stream.errors import ModelError
-from sparqle_stream.onnx_cpu.judge import Judge
+from sparqle_stream.onnx_cpu.judge import N_PLACES, Judge
 from sparqle_stream.onnx_cpu.memory import sparse_zeros
 from sparqle_stream.onnx_cpu.settings import PASS_ROWS, places
-from sparqle_stream.plain_text import MOST_APART
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +39,7 @@ class Slots:
     def __init__(self, model: OnnxModel, n_rows: int) -> None:
         cfg, prefix = model.cfg.llm, model.text
         self.model, self.n_slot, self.width = model, cfg.n_slot, cfg.width
-        n_judged, n_rows = n_rows, n_rows if prefix is None else 2 * n_rows + MOST_APART
+        n_judged, n_rows = n_rows, n_rows if prefix is None else 2 * n_rows + N_PLACES
         shape = (n_rows, cfg.n_kv_heads, places(cfg.n_slot), cfg.head_width)
         kind, layers = model.kind("llm", "k_0"), range(cfg.n_layers)
         self.kv = {f"{part}_{i}": sparse_zeros(shape, kind) for i in layers for part in "kv"}
@@ -126,7 +125,10 @@ class Slots:
         """All that waits in these rows, then their tokens, then what they expect."""
         self.leave(tokens)
         if new := self.take(tokens):
-            self.append(new, {row: expect(row) for row in new} if expect else {}, {})
+            picks = {row: expect(row) for row in new} if expect else {}
+            if self._judge is not None:
+                new |= self._judge.waiting(tokens)
+            self.append(new, picks, {})
 
     def take(self, rows: Iterable[int]) -> dict[int, Floats]:
         """What waits in some rows and fits into one pass; all before that is read."""

@@ -96,6 +96,18 @@ def test_what_waits_is_read_in_the_same_pass(slots, monkeypatch):
     assert len(passes) == 1
 
 
+def test_plain_text_is_read_along_with_captions(slots, monkeypatch):
+    slots.judge({0: [[100, 101], [99, 98]]}, nothing)
+    passes = []
+    run = slots._run
+    monkeypatch.setattr(slots, "_run", lambda new, last: passes.append(set(new)) or run(new, last))
+    slots.note({0: [100, 101], 1: [100]})
+    slots.leave_embedded(0, np.ones((4, 64), np.float32))
+    slots.read({0: []})
+    slots.judge({0: [[99, 98], [97]]}, nothing)
+    assert passes == [{0, N_ROWS}, {2 * N_ROWS}]
+
+
 def test_captions_are_those_of_slots_without_doubts(graphs):
     """Bit for bit: what is judged lies in other slots."""
     quiet, loud = Slots(graphs, N_ROWS), Slots(graphs, N_ROWS)

@@ -7,6 +7,7 @@ static buffers. Between steps every buffer is spoilt, so that what was not copie
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from sparqle_stream.rows import Rows
 from sparqle_stream.testing import text_of
 from sparqle_stream.torch_stages import TorchStages
 from sparqle_stream.writer import Greedy
+from tests.prefixes import prefix_of
 from tests.test_pipeline import tensors
 
 N_ROWS, S = 5, 5120
@@ -192,6 +194,49 @@ def test_replays_are_steps_of_the_pipeline(model, seed):
         ):
             torch.testing.assert_close(x, y, atol=TOLERANCE, rtol=TOLERANCE, msg=name)
     assert n_said > 20
+
+
+class Doubtful(Chatty):
+    """Has doubts in every chunk, and keeps what it is told."""
+
+    def __init__(self, n_most, told):
+        super().__init__(n_most)
+        self.told, self.last = told, []
+
+    def doubts(self):
+        return [[70], [71, 72, 73], [74, 75]]
+
+    def judged(self, log_probs):
+        self.told.append(list(log_probs))
+
+    def pick(self, ids, scores):
+        self.last = super().pick(ids, scores)
+        return self.last
+
+    def plain(self):
+        return self.last
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_readings_are_judged_beside_replays(model, seed):
+    """Spare row, captions and plain text of all rows keep out of each other's way."""
+    model = replace(model, text=prefix_of(model))
+    graphed, eager = TorchStages(model, N_ROWS, fake_capture), TorchStages(model, N_ROWS)
+    story = Story(model, 20 + seed)
+    for wipes, begins, _, pcm, wait, ahead in story.steps(14):
+        told = []
+        for to in (graphed, eager):
+            heard = []
+            for row in wipes:
+                to.wipe(row)
+            if begins:
+                to.begin(dict.fromkeys(begins, story.prefix))
+            writers = {row: Doubtful(row % 4, heard) for row in sorted(pcm)}
+            result = to.step(pcm, wait, ahead, lambda row, _, writers=writers: writers[row])
+            told.append((result.tokens, np.array([x for of in heard for x in of])))
+        spoil(graphed)
+        assert told[0][0] == told[1][0]
+        np.testing.assert_allclose(told[0][1], told[1][1], atol=1e-3, rtol=1e-3)
 
 
 class NoWaiting(TorchDispatchMode):

@@ -383,7 +383,7 @@ def _mask(g: Graph, position: str) -> str:
 
 
 def _add_norm(g: Graph, y: str, x: str, norm: tuple[str, str], bias: Floats) -> tuple[str, str]:
-    """LayerNorm(x + y + bias), x + y + bias. The operator that does both takes four times as long."""
+    """LayerNorm(x + y + bias), x + y + bias; one operator for both takes four times as long."""
     added = g.add("Add", g.add("Add", y, g.const(bias)), x)
     return g.add("LayerNormalization", added, *norm, epsilon=EPS, axis=-1), added
 

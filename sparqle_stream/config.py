@@ -241,14 +241,14 @@ class WriterConfig:
     mark_margin: float = 3.0  # by which its logit must beat that of a word that is due
     case_margin: float = 0.5  # likewise capitals within a sentence, small letters at its beginning
     quiet_frames: int = 8  # of CTC (40 ms) without a piece, after which a word is over
-    sure: float = 0.8  # share of the readings' probability that a word needs ...
-    patience_frames: int = 20  # ... unless it is as old as this, in frames of CTC
+    sure: float = 0.95  # share of the readings' probability that a word needs ...
+    patience_frames: int = 22  # ... unless it is as old as this, in frames of CTC
     # Rival readings are judged as plain text where the model has a prefix for it (judge.py):
     text_weight: float = 0.6  # of their log-probability; 0: nobody judges
     text_share: float = 0.2  # of what the n-grams say of them that this takes the place of
     text_bonus: float = 1.0  # for each of their words
     n_rivals: int = 3  # readings at most
-    rival_gap: float = 6.0  # nats that they may be behind the best
+    rival_gap: float = 4.5  # nats that they may be behind the best
 
     def __post_init__(self) -> None:
         weights = self.llm_weight, self.text_weight
@@ -258,7 +258,7 @@ class WriterConfig:
                 hint="see WriterConfig",
             )
         if not 0 <= self.sure <= 1:
-            raise ConfigError(f"sure is a share from 0 to 1, not {self.sure}", hint="0.8 is usual")
+            raise ConfigError(f"sure is a share from 0 to 1, not {self.sure}", hint="0.95 is usual")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,14 @@ from sparqle_stream.writer import Greedy, Hearing, Joint
 from tests.lexicons import lexicon_of
 from tests.prefixes import prefix_of
 
-CFG = WriterConfig(llm_weight=1.0, mark_odds=3.0, mark_margin=0.0, case_margin=0.0)
+CFG = WriterConfig(
+    llm_weight=1.0,
+    mark_odds=3.0,
+    mark_margin=0.0,
+    case_margin=0.0,
+    sure=0.8,
+    patience_frames=20,
+)
 OFF = StreamOptions(vad=VadConfig(kind="off"))
 TEXTS = [[a, b] for a in ("cat", "car", "sat", "a") for b in ("cat", "car", "sat", "a")]
 
@@ -299,7 +306,7 @@ def plain(events) -> list[object]:
 def joint_model(tiny, request):
     letters = [[a + b] for a in testing.LETTERS[:12] for b in testing.LETTERS[:12]]
     beam = BeamConfig(piece_floor=-30.0, word_bonus=8.0)  # random weights are sure of nothing
-    writer = WriterConfig(llm_weight=0.5, quiet_frames=2, rival_gap=20.0)
+    writer = WriterConfig(llm_weight=0.5, quiet_frames=2, rival_gap=20.0, sure=0.8)
     if request.param == "judged":
         writer = replace(writer, text_weight=1.0)
         tiny = replace(tiny, text=prefix_of(tiny))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparqle_stream import llm as llm_stage
 from sparqle_stream.errors import ModelError
-from sparqle_stream.plain_text import LONGEST, MOST_RIVALS, PlainText, portions
+from sparqle_stream.plain_text import LONGEST, MOST_KEPT, MOST_RIVALS, PlainText, portions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,8 +77,8 @@ class Judge:
     ) -> None:
         """state: of `n_slots(prefix, n_rows)` slots."""
         self.llm, self.state, self.n_rows = llm, state, n_rows
-        self.plain = PlainText(n_rows, state.k.shape[3], bos_id)
         device, dtype, n = state.k.device, state.k.dtype, prefix.n_places
+        self.plain = PlainText(n_rows, min(state.k.shape[3], n + MOST_KEPT), bos_id)
         head = llm.tokens if llm.head is None else llm.head
         self._head: Tensor = head.get_parameter("weight").detach()
         self._bias, self._ids = prefix.bias.to(device), prefix.ids.to(device)

@@ -197,7 +197,8 @@ class Session:
         if model.lexicon is None:
             return None
         beam = WordBeam(model.lexicon, model.cfg.beam)
-        return Hearing(model.cfg.writer, model.tokenizer, beam, model.text is not None)
+        is_judged = model.text is not None and model.cfg.writer.text_weight > 0
+        return Hearing(model.cfg.writer, model.tokenizer, beam, is_judged)
 
     def take(self, tokens: list[int]) -> Iterator[messages.Event]:
         """The chunk's tokens -> its events."""

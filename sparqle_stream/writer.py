@@ -86,7 +86,7 @@ class Hearing:
     cfg: WriterConfig
     tokenizer: Decodes
     beam: WordBeam
-    is_judged: bool = False  # the model can judge readings as plain text
+    is_judged: bool = False  # the LLM can judge readings as plain text, and shall
     may_mark: bool = False  # the text ends in a word that punctuation may follow
     is_beginning: bool = True  # of a sentence: what comes next has a capital, as a rule
 
@@ -110,7 +110,7 @@ class Hearing:
 
     def rivals(self) -> list[Reading]:
         """Readings that are close enough to the best to be judged; none where one is alone."""
-        if not (self.is_judged and self.cfg.text_weight):
+        if not self.is_judged:
             return []
         found = [reading for reading in self.beam.rivals() if reading.words]
         close = [r for r in found if r.score > found[0].score - self.cfg.rival_gap]

@@ -236,7 +236,6 @@ def test_nobody_is_asked_where_there_is_no_doubt(vocabulary, lexicon):
     assert judged(vocabulary, lexicon, sure, replace(JUDGED, rival_gap=3.0)).doubts() == []
     unsure = cat_or_car(lexicon, gap=CFG.patience_frames)
     assert judged(vocabulary, lexicon, unsure).doubts()
-    assert judged(vocabulary, lexicon, unsure, replace(JUDGED, text_weight=0.0)).doubts() == []
     assert judged(vocabulary, lexicon, unsure[:3]).doubts() == []  # nothing is due
     unable = judged(vocabulary, lexicon, unsure)
     unable.hearing.is_judged = False

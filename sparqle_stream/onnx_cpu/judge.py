@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparqle_stream.plain_text import PlainText, portions
+from sparqle_stream.plain_text import MOST_KEPT, PlainText, portions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparqle_stream.plain_text import Doubts
     from sparqle_stream.stages import Floats
 
-N_PLACES = 8  # apart, for all rows
+N_PLACES = 12  # apart, for all rows
 FEW = 3  # waiting tokens that are read once more in every place
 
 
@@ -32,9 +32,8 @@ class Judge:
 
     def __init__(self, slots: Slots, prefix: TextPrefix, n_rows: int, bos_id: int) -> None:
         self.slots, self.prefix, self.n_rows = slots, prefix, n_rows
-        self.plain = PlainText(n_rows, slots.n_slot, bos_id)
+        self.plain = PlainText(n_rows, min(slots.n_slot, prefix.n_places + MOST_KEPT), bos_id)
         self._apart = 2 * n_rows  # the first of the places
-        self._put_prefix(slice(self._apart, self._apart + N_PLACES))
 
     def wipe(self, row: int) -> None:
         self.plain.wipe(row)
@@ -89,7 +88,7 @@ class Judge:
         ids, is_new = self.plain.take(row, int(slots.length[text]))
         if is_new:
             slots.forget(text)
-            self._put_prefix(slice(text, text + 1))
+            self._put_prefix(text)
         return ids
 
     def _catch_up(self, row: int) -> list[int]:
@@ -100,15 +99,14 @@ class Judge:
         self.slots.append({self.n_rows + row: self.slots.embed(ids)}, {}, {})
         return []
 
-    def _put_prefix(self, rows: slice) -> None:
+    def _put_prefix(self, text: int) -> None:
         for name, array in self.slots.kv.items():
-            array[rows, :, : self.prefix.n_places] = self.prefix.kv[name]
-        self.slots.length[rows] = self.prefix.n_places
+            array[text, :, : self.prefix.n_places] = self.prefix.kv[name]
+        self.slots.length[text] = self.prefix.n_places
 
     def _lend(self, text: int, places: range) -> None:
-        """Places hold what a plain text's slot does, behind the prefix, which they have."""
-        start, n = self.prefix.n_places, int(self.slots.length[text])
-        where = slice(places.start, places.stop)
+        """Places hold what a plain text's slot does."""
+        n, where = int(self.slots.length[text]), slice(places.start, places.stop)
         for array in self.slots.kv.values():
-            array[where, :, start:n] = array[text, :, start:n]
+            array[where, :, :n] = array[text, :, :n]
         self.slots.length[where] = n

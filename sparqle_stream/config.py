@@ -252,13 +252,15 @@ class WriterConfig:
 
     def __post_init__(self) -> None:
         weights = self.llm_weight, self.text_weight
-        if not (min(weights) >= 0 and 0 < self.stop_threshold < 1):
+        if not (all(w >= 0 for w in weights) and 0 < self.stop_threshold < 1):
             raise ConfigError(
                 "llm_weight and text_weight must be 0 or more, stop_threshold between 0 and 1",
                 hint="see WriterConfig",
             )
         if not 0 <= self.sure <= 1:
             raise ConfigError(f"sure is a share from 0 to 1, not {self.sure}", hint="0.95 is usual")
+        if not 2 <= self.n_rivals <= 8:
+            raise ConfigError(f"{self.n_rivals} rivals cannot be judged", hint="2 to 8 can")
 
 
 @dataclass(frozen=True, slots=True)

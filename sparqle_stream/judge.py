@@ -114,20 +114,18 @@ class Judge:
             starts += [self._length[row]] * (1 + len(readings))
             rows += [ids, *(ids + reading[:-1] for reading in readings)]
             place += len(readings)
-        hidden = self._read(slots, starts, rows)
-        out, at = {}, 0
+        hidden, before, at = self._read(slots, starts, rows), list[Tensor](), 0
         for row, readings in doubts.items():
             text, n = self.n_rows + row, len(waiting[row])
             if n:
                 self.state.hidden[text] = hidden[at, n - 1]
                 self._length[row] += n
             first = self.state.hidden[text][None]
-            out[row] = [
-                self._log_prob(torch.cat([first, hidden[at + 1 + i, n : n + len(ids) - 1]]), ids)
-                for i, ids in enumerate(readings)
-            ]
+            for i, ids in enumerate(readings):
+                before.append(torch.cat([first, hidden[at + 1 + i, n : n + len(ids) - 1]]))
             at += 1 + len(readings)
-        return out
+        sums = iter(self._log_probs(before, [ids for of in doubts.values() for ids in of]))
+        return {row: [next(sums) for _ in readings] for row, readings in doubts.items()}
 
     def _catch_up(self, row: int) -> list[int]:
         """What the row's plain text has to read."""
@@ -157,12 +155,14 @@ class Judge:
         hidden: Tensor = self.llm.norm(x)
         return hidden[order.argsort()]
 
-    def _log_prob(self, hidden: Tensor, ids: list[int]) -> float:
-        """hidden (R, E) before each of R ids -> log p of all of them."""
-        at = torch.tensor(ids, device=self._ids.device)
-        logits = (hidden * self._head[at]).float().sum(dim=-1) + self._bias[at]
+    def _log_probs(self, before: list[Tensor], readings: list[list[int]]) -> list[float]:
+        """Hidden states (R, E) before each of a reading's R tokens -> log p of all of them."""
+        hidden = torch.cat(before)
+        ids = torch.tensor([i for reading in readings for i in reading], device=self._ids.device)
+        logits = (hidden * self._head[ids]).float().sum(dim=-1) + self._bias[ids]
         every = torch.nn.functional.linear(hidden, self._used).float() + self._bias[self._ids]
-        return float((logits - every.logsumexp(dim=-1)).sum())
+        log_probs = (logits - every.logsumexp(dim=-1)).cpu()  # the one wait for the device
+        return [float(part.sum()) for part in log_probs.split([len(r) for r in readings])]
 
 
 def n_slots(prefix: TextPrefix | None, n_rows: int) -> int:

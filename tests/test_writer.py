@@ -198,9 +198,17 @@ def test_a_share_is_between_0_and_1(share):
         WriterConfig(sure=share)
 
 
-def test_a_weight_below_zero_is_refused():
-    with pytest.raises(ConfigError, match="llm_weight"):
-        WriterConfig(llm_weight=-1.0)
+@pytest.mark.parametrize("weight", [-1.0, float("nan")])
+def test_a_weight_below_zero_is_refused(weight):
+    for name in ("llm_weight", "text_weight"):
+        with pytest.raises(ConfigError, match="must be 0 or more"):
+            WriterConfig(**{name: weight})
+
+
+@pytest.mark.parametrize("n", [1, 9])
+def test_one_rival_is_none_and_nine_are_too_many(n):
+    with pytest.raises(ConfigError, match="rivals"):
+        WriterConfig(n_rivals=n)
 
 
 # --- readings that are judged -------------------------------------------------------------------

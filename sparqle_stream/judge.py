@@ -10,6 +10,7 @@ which readings are read, are nobody's. `onnx_cpu.judge` does the same in fewer p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -162,7 +163,11 @@ class Judge:
         logits = (hidden * self._head[ids]).float().sum(dim=-1) + self._bias[ids]
         every = torch.nn.functional.linear(hidden, self._used).float() + self._bias[self._ids]
         log_probs = (logits - every.logsumexp(dim=-1)).cpu()  # the one wait for the device
-        return [float(part.sum()) for part in log_probs.split([len(r) for r in readings])]
+        ends = accumulate(map(len, readings))
+        return [
+            float(log_probs[end - len(ids) : end].sum())
+            for ids, end in zip(readings, ends, strict=True)
+        ]
 
 
 def n_slots(prefix: TextPrefix | None, n_rows: int) -> int:

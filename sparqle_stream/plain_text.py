@@ -19,7 +19,7 @@ MOST_RIVALS = 8  # readings of one row
 MOST_READ = 32  # tokens of a reading that count
 MOST_WAITING = 48  # tokens
 LONGEST = 1 + MOST_WAITING + MOST_READ  # rows of one pass
-MOST_KEPT = 240  # tokens of a slot behind the prefix, room for a pass included
+MOST_KEPT = 160  # tokens of a slot behind the prefix, room for a pass included
 N_LAST = 24  # tokens that a slot begins anew with
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparqle_stream.plain_text import Doubts
     from sparqle_stream.stages import Floats
 
-N_PLACES = 12  # apart, for all rows
+N_PLACES = 9  # apart, for all rows
 FEW = 3  # waiting tokens that are read once more in every place
 
 
@@ -32,11 +32,19 @@ class Judge:
 
     def __init__(self, slots: Slots, prefix: TextPrefix, n_rows: int, bos_id: int) -> None:
         self.slots, self.prefix, self.n_rows = slots, prefix, n_rows
-        self.plain = PlainText(n_rows, min(slots.n_slot, prefix.n_places + MOST_KEPT), bos_id)
+        self._n_slot = min(slots.n_slot, prefix.n_places + MOST_KEPT)
+        self.plain = PlainText(n_rows, self._n_slot, bos_id)
         self._apart = 2 * n_rows  # the first of the places
+        self._wipe(slice(self._apart, self._apart + N_PLACES))
 
     def wipe(self, row: int) -> None:
         self.plain.wipe(row)
+        self._wipe(slice(self.n_rows + row, self.n_rows + row + 1))
+
+    def _wipe(self, slots: slice) -> None:
+        """All memory that they will ever use is taken at once: hours later it is no more."""
+        for array in self.slots.kv.values():
+            array[slots, :, : self._n_slot] = 0
 
     def judge(
         self, doubts: Mapping[int, list[list[int]]], expect: Expect

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 GRAPHS = ("features", "ear", "qformer", "llm")
 # What ONNX Runtime would put together again, and takes four times as long for (graphs._add_norm).
 SLOWER = ["SkipLayerNormFusion"]
+PLAIN_ROWS = 16  # 25 000 logits each; the memory of the largest call is never given back
 KINDS: dict[str, Kind] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -91,7 +92,9 @@ class OnnxModel:
         """hidden (R, E) before each of R tokens of plain text -> their log-probabilities (R,)."""
         assert self.text is not None
         logits = np.einsum("re,re->r", hidden, self.head[ids].astype(np.float32))
-        everything = self.session("plain").run(None, {"hidden": hidden})[0]
+        run = self.session("plain").run
+        parts = [hidden[at : at + PLAIN_ROWS] for at in range(0, len(hidden), PLAIN_ROWS)]
+        everything = np.concatenate([run(None, {"hidden": part})[0] for part in parts])
         out: Floats = logits + self.text.bias[ids] - everything
         return out
 

@@ -10,7 +10,7 @@ everybody's: their state is written in place, so no row may be tried again.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from sparqle_stream.stages import StepResult
 from sparqle_stream.writer import Greedy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sparqle_stream.stages import Floats
 
 Failed = dict[int, Exception]
+T = TypeVar("T")
 
 
 class Batch:
@@ -101,61 +102,40 @@ class _Guarded:
         self._row, self._writer, self._failed = row, writer, failed
 
     def goes_on(self, stop: float) -> bool:
-        try:
-            return self._row not in self._failed and self._writer.goes_on(stop)
-        except Exception as err:  # noqa: BLE001
-            return self._fail(err)
+        return self._is_well and self._or(lambda: self._writer.goes_on(stop), False)
 
     def suggest(self) -> list[int]:
-        try:
-            return self._writer.suggest()
-        except Exception as err:  # noqa: BLE001
-            self._fail(err)
-            return [0]  # any: it is not asked what it picks
+        return self._or(self._writer.suggest, [0])  # any: it is not asked what it picks
 
     def pick(self, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
-        try:
-            return [] if self._row in self._failed else self._writer.pick(ids, scores)
-        except Exception as err:  # noqa: BLE001
-            self._fail(err)
-            return []
+        return self._or(lambda: self._writer.pick(ids, scores), []) if self._is_well else []
 
     def expect(self) -> list[list[int]]:
-        try:
-            return self._writer.expect()
-        except Exception as err:  # noqa: BLE001
-            self._fail(err)
-            return []
+        return self._or(self._writer.expect, [])
 
     def doubts(self) -> list[list[int]]:
-        try:
-            return self._writer.doubts()
-        except Exception as err:  # noqa: BLE001
-            self._fail(err)
-            return []
+        return self._or(self._writer.doubts, [])
 
     def judged(self, log_probs: Sequence[float]) -> None:
-        try:
-            self._writer.judged(log_probs)
-        except Exception as err:  # noqa: BLE001
-            self._fail(err)
+        self._or(lambda: self._writer.judged(log_probs), None)
 
     def plain(self) -> list[int]:
-        try:
-            return self._writer.plain()
-        except Exception as err:  # noqa: BLE001
-            self._fail(err)
-            return []
+        return self._or(self._writer.plain, [])
 
     def is_over(self) -> bool:
-        try:
-            return self._row in self._failed or self._writer.is_over()
-        except Exception as err:  # noqa: BLE001
-            return not self._fail(err)
+        return not self._is_well or self._or(self._writer.is_over, True)
 
-    def _fail(self, err: Exception) -> bool:
-        self._failed[self._row] = err
-        return False
+    @property
+    def _is_well(self) -> bool:
+        return self._row not in self._failed
+
+    def _or(self, ask: Callable[[], T], otherwise: T) -> T:
+        """What the writer says, or what it counts for once it has failed."""
+        try:
+            return ask()
+        except Exception as err:  # noqa: BLE001 - one row's failure is its own
+            self._failed[self._row] = err
+            return otherwise
 
 
 def _check_turn(turn: Turn, n_samples: int, vocab: int) -> None:

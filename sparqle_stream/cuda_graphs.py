@@ -231,9 +231,7 @@ class GraphedPasses:
         return (rows, queries), (), body
 
     def _append(self, embeds: Tensor, rows: Tensor) -> None:
-        self.state.llm.length[
-            self.spare : self.spare + 1
-        ].zero_()  # what padding writes always fits
+        self.state.llm.length[self.spare].zero_()  # what padding writes always fits
         llm.append_rows(self.model.llm, self.state.llm, embeds, rows)
 
     def _scoring(self, bucket: int, n_ids: int) -> Parts:

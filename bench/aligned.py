@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.delays import percentiles_ms
-from bench.heard import posteriors, spoken
+from bench.heard import posteriors
 from sparqle_stream import messages
 from sparqle_stream.config import FRAME_SAMPLES, FRAMES_PER_CTC, SAMPLE_RATE_HZ
 
@@ -61,10 +61,11 @@ def measure(
     """(PCM, text, take) of recordings -> the delays of all of them."""
     found = Aligned()
     for pcm, text, take in recordings:
-        segments = [begin for begin, _ in spoken(take.events)]
+        begun = [e.time for e in take.events if isinstance(e, messages.SpeechStarted)]
+        starts = [round(seconds * SAMPLE_RATE_HZ) for seconds in begun]
         late = model.cfg.encoder.ahead_frames(options.delay_ms) // FRAMES_PER_CTC
-        heard = [row[late:] for row in posteriors(model, options, pcm, take.events)]
-        ends = word_ends(heard, segments, text, model.pieces)
+        heard = [row[late:] for row in posteriors(model, options, pcm)]
+        ends = word_ends(heard, starts, text, model.pieces)
         if ends is None:
             found.n_left_out += 1
             continue

@@ -74,8 +74,7 @@ def hear(model: Model, wanted: Settings, captioned: Sequence[Captioned]) -> None
     options = wanted.stream_options()
     wanted_ones = [one for one in captioned if one.recording.text and not one.has_failed]
     for one in with_bar(wanted_ones, "CTC", len(wanted_ones)):
-        pcm = one.recording.pcm()
-        one.heard = greedy_text(model, options, pcm, one.events)
+        one.heard = greedy_text(model, options, one.recording.pcm())
 
 
 def timing(captioned: Sequence[Captioned]) -> dict[str, Any]:

@@ -130,7 +130,8 @@ class VadConfig:
     """Speech detector and segmenter."""
 
     kind: str = "silero"  # silero | webrtc | off
-    stop_ms: int = 200  # silence after which a segment ends
+    stop_ms: int = 800  # silence after which a segment ends
+    pause_ms: int = 200  # silence after which words that were heard wait for nothing more
     preroll_ms: int = 480  # audio kept from before the detected start
     min_speech_ms: int = 96
     threshold: float = 0.5
@@ -240,8 +241,9 @@ class WriterConfig:
     mark_odds: float = -0.5  # log-odds against stopping that punctuation takes where no word is due
     mark_margin: float = 3.0  # by which its logit must beat that of a word that is due
     case_margin: float = 0.5  # likewise capitals within a sentence, small letters at its beginning
-    quiet_frames: int = 8  # of CTC (40 ms) without a piece, after which a word is over
-    sure: float = 0.95  # share of the readings' probability that a word needs ...
+    quiet_frames: int = 6  # of CTC (40 ms) without a piece, after which a word is over
+    pause_frames: int = 3  # likewise while the detector hears no voice; it is then sure, too
+    sure: float = 0.9  # share of the readings' probability that a word needs ...
     patience_frames: int = 22  # ... unless it is as old as this, in frames of CTC
     # Rival readings are judged as plain text where the model has a prefix for it (judge.py):
     text_weight: float = 0.6  # of their log-probability; 0: nobody judges

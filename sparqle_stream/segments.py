@@ -24,6 +24,7 @@ class Chunk:
     start: int  # stream sample at which it begins itself
     known_at: int  # stream samples that had to arrive
     segment_end: int | None  # stream sample at which the segment ends; set on its last chunk
+    is_paused: bool = False  # nobody speaks at `known_at`
 
     @property
     def is_first(self) -> bool:
@@ -44,6 +45,8 @@ class _Segment:
     n_taken: int = 0  # padding included
     n_total: int | None = None  # padding included; None while the segment is open
     ended_at: int = 0
+    is_paused: bool = False  # at the end of the last chunk
+    pauses: deque[tuple[int, bool]] = field(default_factory=deque)  # known later: when, on or off
 
     def take(self, n: int) -> Floats:
         """The next n samples; zeros where nothing was heard."""
@@ -63,6 +66,12 @@ class _Segment:
         if n > self.n_heard:
             return self.ended_at
         return max(self.begun_at, self.origin + n)
+
+    def is_paused_at(self, known_at: int) -> bool:
+        """Asked in order."""
+        while self.pauses and self.pauses[0][0] <= known_at:
+            _, self.is_paused = self.pauses.popleft()
+        return self.is_paused
 
 
 class SegmentQueue:
@@ -85,9 +94,15 @@ class SegmentQueue:
         segment.n_heard += len(pcm)
         self.n_waiting += len(pcm)
 
-    def end(self, known_at: int) -> None:
+    def pause(self, known_at: int, *, is_on: bool) -> None:
+        """Whether somebody speaks in the open segment, known after `known_at` samples."""
+        self._segments[-1].pauses.append((known_at, is_on))
+
+    def end(self, known_at: int, n_quiet: int = 0) -> None:
+        """The open segment's last `n_quiet` samples are as good as padding."""
         segment = self._segments[-1]
-        total = segment.n_heard + self.pad_samples
+        # A sample at least: the last chunk must not be complete before it is known to be the last.
+        total = segment.n_heard + max(1, self.pad_samples - n_quiet)
         segment.n_total = total + -total % self.chunk_samples
         segment.ended_at = known_at
 
@@ -112,6 +127,7 @@ class SegmentQueue:
         start = segment.n_taken
         pcm = segment.take(self.chunk_samples)
         self.n_waiting -= max(0, min(segment.n_taken, segment.n_heard) - start)
+        known_at = segment.known_at(segment.n_taken)
         is_last = segment.n_taken == segment.n_total
         if is_last:
             self._segments.popleft()
@@ -119,6 +135,7 @@ class SegmentQueue:
             pcm=pcm,
             origin=segment.origin,
             start=segment.origin + start,
-            known_at=segment.known_at(segment.n_taken),
+            known_at=known_at,
             segment_end=segment.origin + segment.n_heard if is_last else None,
+            is_paused=segment.is_paused_at(known_at),
         )

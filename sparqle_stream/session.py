@@ -133,8 +133,10 @@ class Session:
                 self._queue.begin(event.sample, event.known_at)
             elif isinstance(event, vad.SegmentAudio):
                 self._queue.append(event.pcm)
+            elif isinstance(event, vad.SegmentPause):
+                self._queue.pause(event.known_at, is_on=event.is_on)
             else:
-                self._queue.end(event.known_at)
+                self._queue.end(event.known_at, event.n_quiet)
 
     @property
     def has_chunk(self) -> bool:
@@ -188,6 +190,7 @@ class Session:
             return Greedy(n_most, self._model.cfg.writer.stop_threshold)
         assert self._chunk is not None
         self._hearing.beam.hear(log_probs)
+        self._hearing.is_paused = self._chunk.is_paused
         is_last = self._chunk.segment_end is not None
         return Joint(self._hearing, n_most, self.wait_ms // CTC_MS, is_last)
 

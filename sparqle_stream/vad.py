@@ -1,9 +1,9 @@
 """VAD: PCM (S,) at 16 kHz -> segments of speech: start, audio, stop.
 
 A detector says for every frame (Silero 32 ms, WebRTC 20 ms) how likely speech is; two thresholds
-make voiced or not of it; `min_speech_ms` of voice open a segment, `stop_ms` without close it. A
-segment begins `preroll_ms` before its first voiced frame, because detectors hesitate at first
-phones, but never before the end of the segment before it.
+make voiced or not of it; `min_speech_ms` of voice open a segment, `stop_ms` without close it,
+`pause_ms` without are a pause in it. A segment begins `preroll_ms` before its first voiced frame,
+because detectors hesitate at first phones, but never before the end of the segment before it.
 
 Contract: cutting the input anywhere gives the same starts, stops and samples as one call. What is
 handed out between a start and its stop is exactly pcm[start:stop]: no sample lost, none doubled.
@@ -59,9 +59,19 @@ class SegmentStop:
 
     sample: int
     known_at: int
+    n_quiet: int = 0  # so many samples before its end nobody speaks
 
 
-SegmentEvent = SegmentStart | SegmentAudio | SegmentStop
+@dataclass(frozen=True, slots=True)
+class SegmentPause:
+    """In an open segment nobody has spoken for `pause_ms`, or somebody does again; that was known
+    once `known_at` samples had come."""
+
+    is_on: bool
+    known_at: int
+
+
+SegmentEvent = SegmentStart | SegmentAudio | SegmentPause | SegmentStop
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,7 @@ class VadState:
     is_voiced: bool = False  # the last frame, after hysteresis
     run_samples: int = 0  # for how long is_voiced has been what it is
     is_speech: bool = False  # a segment is open
+    is_paused: bool = False  # and nobody speaks in it at present
     probability: float = 0.0  # of the last frame
     level_db: float = FLOOR_DB  # RMS of the last frame; 0 dB: a square wave of full scale
     foreseen: deque[float] = field(default_factory=deque)  # probabilities of the next frames
@@ -222,7 +233,11 @@ def _decide(cfg: VadConfig, state: VadState, heard: Pcm, events: list[SegmentEve
         _open(state, _segment_start(cfg, state), state.n_judged, events)
     elif state.is_speech and not state.is_voiced and lasts_ms >= cfg.stop_ms:
         _hand_out(state, heard, state.n_judged, events)
-        _close(state, state.n_judged, events)
+        _close(state, state.n_judged, events, n_quiet=state.run_samples)
+    is_paused = state.is_speech and not state.is_voiced and lasts_ms >= cfg.pause_ms
+    if is_paused != state.is_paused:
+        state.is_paused = is_paused
+        events.append(SegmentPause(is_paused, state.n_judged))
 
 
 def _segment_start(cfg: VadConfig, state: VadState) -> int:
@@ -254,9 +269,9 @@ def _hand_out(state: VadState, heard: Pcm, end: int, events: list[SegmentEvent])
         state.n_out = end
 
 
-def _close(state: VadState, sample: int, events: list[SegmentEvent]) -> None:
-    events.append(SegmentStop(sample, sample))
-    state.is_speech = False
+def _close(state: VadState, sample: int, events: list[SegmentEvent], n_quiet: int = 0) -> None:
+    events.append(SegmentStop(sample, sample, n_quiet))
+    state.is_speech = state.is_paused = False
 
 
 # Detectors

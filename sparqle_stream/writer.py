@@ -87,6 +87,7 @@ class Hearing:
     tokenizer: Decodes
     beam: WordBeam
     is_judged: bool = False  # the LLM can judge readings as plain text, and shall
+    is_paused: bool = False  # nobody speaks at the end of the chunk
     may_mark: bool = False  # the text ends in a word that punctuation may follow
     is_beginning: bool = True  # of a sentence: what comes next has a capital, as a rule
 
@@ -94,7 +95,7 @@ class Hearing:
         """What the next word may be, best first; nothing while none is over and old enough.
 
         What is said next often decides what was said: a word waits until most readings agree on
-        it, or it is too old.
+        it, or it is too old, or nobody says more.
         """
         found, everything, nothing = self.beam.candidates()
         if not found or nothing > found[0].score:
@@ -104,6 +105,8 @@ class Hearing:
 
     def _is_due(self, said: Candidate, everything: float, n_delay: int) -> bool:
         age, cfg = self.beam.n_frames - said.word.end, self.cfg
+        if self.is_paused and age >= max(n_delay, cfg.pause_frames):
+            return True
         is_over = said.is_closed or age >= cfg.quiet_frames
         is_sure = math.exp(said.score - everything) >= cfg.sure or age >= cfg.patience_frames
         return age >= n_delay and is_over and is_sure

@@ -25,7 +25,7 @@ from sparqle_stream.session import Session
 
 RATE = 16_000
 OFF = StreamOptions(vad=VadConfig(kind="off"), max_segment_s=3.0)
-WEBRTC = StreamOptions(vad=VadConfig(kind="webrtc", webrtc_mode=3), delay_ms=400)
+WEBRTC = StreamOptions(vad=VadConfig(kind="webrtc", webrtc_mode=3, stop_ms=200), delay_ms=400)
 OPTIONS = pytest.mark.parametrize("options", [OFF, WEBRTC], ids=["off", "webrtc"])
 
 

@@ -41,8 +41,9 @@ def test_chunks_hold_every_sample_once(data):
             at = stop
             if data.draw(st.booleans()):
                 got += chunks(queue)
-        queue.end(at + 7)
-        padded = end - begin + pad
+        n_quiet = data.draw(st.integers(0, min(50, end - begin)))
+        queue.end(at + 7, n_quiet)
+        padded = end - begin + max(1, pad - n_quiet)
         padded += -padded % size
         expected.append(np.pad(ramp(begin, end), (0, padded - (end - begin))))
         at += 7
@@ -69,6 +70,47 @@ def test_a_chunk_says_what_had_to_be_heard_for_it():
     last = queue.next_chunk()
     assert (last.start, last.known_at, last.segment_end) == (120, 140, 125)
     assert not queue.has_chunk
+
+
+def test_a_chunk_knows_whether_somebody_speaks_when_it_is_complete():
+    """In whatever order audio and pauses are told and chunks are asked for."""
+    told = [(112, True), (125, False), (130, True), (141, False)]
+    for n_ahead in range(len(told) + 1):
+        queue, got = SegmentQueue(chunk_samples=10, pad_samples=0), []
+        queue.begin(100, known_at=104)
+        for known_at, is_on in told[:n_ahead]:
+            queue.pause(known_at, is_on=is_on)
+        at = 100
+        for known_at, is_on in [*told[n_ahead:], (150, None)]:
+            queue.append(ramp(at, known_at))
+            at = known_at
+            if is_on is not None:
+                queue.pause(known_at, is_on=is_on)
+            got += chunks(queue)
+        assert [chunk.is_paused for chunk in got] == [False, True, True, True, False]
+        queue.end(150)
+        queue.begin(160, known_at=165)
+        queue.append(ramp(160, 180))
+        assert not any(chunk.is_paused for chunk in chunks(queue)), "a pause of another segment"
+
+
+def test_silence_at_a_segments_end_is_padding():
+    for n_quiet, n_chunks in ((0, 3), (1, 3), (2, 2), (17, 2)):
+        queue = SegmentQueue(chunk_samples=10, pad_samples=5)
+        queue.begin(0, 0)
+        queue.append(ramp(0, 17))
+        queue.end(17, n_quiet)
+        found = chunks(queue)
+        assert [chunk.segment_end for chunk in found] == [None] * (n_chunks - 1) + [17]
+
+
+def test_the_last_chunk_waits_for_the_end_although_no_padding_is_needed():
+    queue = SegmentQueue(chunk_samples=10, pad_samples=5)
+    queue.begin(0, 0)
+    queue.append(ramp(0, 20))
+    assert [chunk.segment_end for chunk in chunks(queue)] == [None, None]
+    queue.end(20, n_quiet=20)
+    assert [chunk.segment_end for chunk in chunks(queue)] == [20]
 
 
 def test_a_segment_waits_for_the_one_before():

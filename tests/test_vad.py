@@ -17,114 +17,14 @@ from hypothesis import strategies as st
 from sparqle_stream import audio, vad
 from sparqle_stream.config import VadConfig
 from sparqle_stream.errors import AudioFormatError, ConfigError, ModelError
-from sparqle_stream.vad import Detector, SegmentAudio, SegmentStart, SegmentStop
+from sparqle_stream.vad import SegmentPause, SegmentStop
+from tests.vads import CFG, FRAME, by_peak, figures, frames, heard, run, segments_of, talk
 
 REPO = Path(__file__).resolve().parent.parent
-FRAME = 512
-# 96 ms are 3 frames, 64 ms of silence are 2, the pre-roll is 2.5 frames.
-CFG = VadConfig(min_speech_ms=96, stop_ms=64, preroll_ms=80)
 
 
-def by_peak(cfg: VadConfig = CFG) -> Detector:
-    """A detector whose probability is the frame's peak: tests write what it will say as audio."""
-
-    def judge(n_judged: list[int], frames: list[np.ndarray]) -> list[tuple[int, float]]:
-        return [(n + 1, float(np.abs(f).max())) for n, f in zip(n_judged, frames, strict=True)]
-
-    return Detector(cfg, FRAME, lambda: 0, judge)
-
-
-def frames(*peaks: float) -> np.ndarray:
-    """One frame per number, every sample different, so that a shifted sample would show."""
-    ramp = np.linspace(0.5, 1, FRAME * max(1, len(peaks)), dtype=np.float32)
-    return np.concatenate(
-        [
-            peak * ramp[i * FRAME : (i + 1) * FRAME] / ramp[(i + 1) * FRAME - 1]
-            for i, peak in enumerate(peaks)
-        ]
-    ).astype(np.float32)
-
-
-def run(detector: Detector, packets: list[np.ndarray], flush_after: set[int] = frozenset()):
-    """All packets, with a flush after some, then the end -> (state, events)."""
-    state, events = vad.init_state(detector), []
-    for i, packet in enumerate(packets):
-        state, new = vad.step(detector, state, packet)
-        events += new
-        if i in flush_after:
-            state, new = vad.flush(detector, state)
-            events += new
-    return state, events + vad.finish(detector, state)
-
-
-def segments_of(pcm: np.ndarray, events: list) -> list[tuple[int, int, int, int]]:
-    """Events -> (start, known, stop, known) of each segment, after checking them against pcm."""
-    found, parts, start, end = [], [], None, 0
-    for event in events:
-        match event:
-            case SegmentStart(sample, known_at):
-                assert start is None, "a segment began inside another"
-                assert end <= sample <= known_at, "segments overlap"
-                start, started_known, parts = sample, known_at, []
-            case SegmentAudio(part):
-                assert start is not None, "audio outside a segment"
-                assert part.dtype == np.float32
-                assert len(part)
-                assert part.base is None, "a view would keep more than itself in memory"
-                parts.append(part)
-            case SegmentStop(sample, known_at):
-                end = sample
-                np.testing.assert_array_equal(np.concatenate(parts), pcm[start:end])
-                found.append((start, started_known, end, known_at))
-                start = None
-    assert start is None, "the last segment has no end"
-    return found
-
-
-def heard(detector: Detector, pcm: np.ndarray) -> list[tuple[int, int]]:
-    """(start, stop) of the segments of one call."""
-    return [(start, stop) for start, _, stop, _ in segments_of(pcm, run(detector, [pcm])[1])]
-
-
-def figures(state: vad.VadState) -> tuple:
-    """A state but for the detector's memory and the audio."""
-    return (
-        state.n_in,
-        state.n_judged,
-        state.n_out,
-        state.is_voiced,
-        state.run_samples,
-        state.is_speech,
-        state.probability,
-        state.level_db,
-    )
-
-
-def pulses(seconds: float, seed: int) -> np.ndarray:
-    """Something like vowels: a pulse train through three resonators that change every 200 ms."""
-    rng = np.random.default_rng(seed)
-    at_s = np.arange(int(seconds * 16_000)) / 16_000
-    phase = np.cumsum(120 + 20 * np.sin(2 * np.pi * 0.7 * at_s)) / 16_000
-    source = np.diff(np.floor(phase), prepend=0) + 0.01 * rng.standard_normal(len(at_s))
-    tail_s = np.arange(800) / 16_000
-    out = np.zeros(len(at_s))
-    for at in range(0, len(at_s), 3_200):
-        part = source[at : at + 3_200]
-        for hz in rng.choice([300, 500, 700, 900, 1_100, 1_800, 2_300, 2_800], 3, replace=False):
-            response = np.exp(-250 * tail_s) * np.sin(2 * np.pi * hz * tail_s)
-            out[at : at + len(part)] += np.convolve(part, response)[: len(part)]
-    return (0.3 * out / np.abs(out).max()).astype(np.float32)
-
-
-def talk(seed: int) -> np.ndarray:
-    """Vowels and pauses of random lengths over faint noise, about 6 s."""
-    rng = np.random.default_rng(seed)
-    parts = []
-    for i in range(5):
-        parts.append(pulses(rng.uniform(0.1, 1), seed + i))
-        parts.append(np.zeros(int(rng.integers(1_000, 12_000)), np.float32))
-    pcm = np.concatenate(parts)
-    return pcm + 1e-4 * rng.standard_normal(len(pcm)).astype(np.float32)
+def pauses_of(events: list) -> list[tuple[bool, int]]:
+    return [(e.is_on, e.known_at) for e in events if isinstance(e, SegmentPause)]
 
 
 # Any cut
@@ -151,6 +51,7 @@ def test_any_cut_equals_one_call_with_flushes(peaks, extra, cuts, preroll_ms, mi
     )
     few_state, few = run(detector, np.split(pcm, flush_at), set(range(len(flush_at))))
     assert segments_of(pcm, cut) == segments_of(pcm, few)
+    assert pauses_of(cut) == pauses_of(few)
     assert figures(cut_state) == figures(few_state)
     np.testing.assert_array_equal(cut_state.recent, few_state.recent)
 
@@ -159,7 +60,7 @@ def test_any_cut_equals_one_call_with_flushes(peaks, extra, cuts, preroll_ms, mi
 @pytest.mark.parametrize("kind", ["silero", "webrtc", "off"])
 def test_any_cut_equals_one_call_for_each_detector(kind, seed):
     """Silero's thresholds are set so low that these vowels switch it on and off often."""
-    cfg = VadConfig(kind=kind, threshold=0.12, threshold_off=0.08, stop_ms=64)
+    cfg = VadConfig(kind=kind, threshold=0.12, threshold_off=0.08, stop_ms=64, pause_ms=32)
     detector = vad.load_detector(cfg)
     pcm = talk(seed)
     rng = np.random.default_rng(seed)
@@ -168,6 +69,7 @@ def test_any_cut_equals_one_call_for_each_detector(kind, seed):
     whole_state, whole = run(detector, [pcm])
     found = segments_of(pcm, whole)
     assert segments_of(pcm, cut) == found
+    assert pauses_of(cut) == pauses_of(whole)
     assert figures(cut_state) == figures(whole_state)
     assert len(found) == 1 if kind == "off" else len(found) >= 1
 
@@ -263,6 +165,24 @@ def test_voice_shorter_than_min_speech_is_no_speech():
 def test_a_pause_shorter_than_the_hang_over_does_not_end_a_segment():
     pcm = frames(1, 1, 1, 0, 1, 0, 1, 0, 0)
     assert heard(by_peak(), pcm) == [(0, 9 * FRAME)]
+
+
+def test_a_pause_is_told_once_and_so_is_its_end():
+    """One of a frame, one of two, and the one that ends the segment; none before it."""
+    detector = by_peak(replace(CFG, stop_ms=96))
+    pcm = frames(0, 0, 1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0)
+    events = run(detector, [pcm])[1]
+    told = [(True, 6), (False, 7), (True, 8), (False, 10), (True, 11)]
+    assert pauses_of(events) == [(is_on, n * FRAME) for is_on, n in told]
+    assert [e.n_quiet for e in events if isinstance(e, SegmentStop)] == [3 * FRAME]
+
+
+def test_a_flush_ends_a_pause_with_its_segment():
+    detector = by_peak(replace(CFG, stop_ms=5_000))
+    packets = np.split(frames(1, 1, 1, 0, 0, 0, 1, 1, 1, 0), [4 * FRAME])
+    events = run(detector, packets, flush_after={0})[1]
+    assert pauses_of(events) == [(True, 4 * FRAME), (True, 10 * FRAME)]
+    assert [e.n_quiet for e in events if isinstance(e, SegmentStop)] == [0, 0]
 
 
 def test_hysteresis_between_the_thresholds_a_frame_is_what_the_one_before_was():

@@ -130,6 +130,15 @@ def test_an_unsure_word_waits_for_what_is_said_next_but_not_for_ever(vocabulary,
     assert len(write_all(ended, vocabulary, {})) == 3
 
 
+def test_in_a_pause_what_was_heard_waits_for_nothing_but_its_delay(vocabulary, lexicon):
+    """Neither for the next word nor for agreement; `gap` frames passed since the last piece."""
+    for gap, n_delay, n_written in ((3, 0, 2), (3, 4, 1), (2, 0, 1)):
+        heard = hearing(vocabulary, lexicon, cat_or_car(lexicon, "sat", gap=gap))
+        assert write_all(Joint(heard, 9, n_delay), vocabulary, {}) == []
+        heard.is_paused = True
+        assert len(write_all(Joint(heard, 9, n_delay), vocabulary, {})) == n_written
+
+
 def test_punctuation_must_beat_the_word_by_its_margin(vocabulary, lexicon):
     odds = {" cat": 2.0, " sat": 2.0, ",": 3.0}
     for margin, written in ((0.0, [" cat", ",", " sat"]), (1.5, [" cat", " sat"])):

@@ -249,7 +249,7 @@ class WriterConfig:
     text_weight: float = 0.6  # of their log-probability; 0: nobody judges
     text_share: float = 0.2  # of what the n-grams say of them that this takes the place of
     text_bonus: float = 1.0  # for each of their words
-    n_rivals: int = 3  # readings at most
+    n_rivals: int = 8  # readings at most
     rival_gap: float = 4.5  # nats that they may be behind the best
 
     def __post_init__(self) -> None:

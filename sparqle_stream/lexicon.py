@@ -133,6 +133,14 @@ class Lexicon:
     def child(self) -> Ints:
         return np.arange(len(self.piece) + 1)
 
+    def path(self, node: int) -> list[int]:
+        """Pieces from the root to a node."""
+        pieces = list[int]()
+        while node:
+            pieces.append(int(self.piece[node]))
+            node = int(np.searchsorted(self.first, node, side="right")) - 1
+        return pieces[::-1]
+
     @cached_property
     def _mass(self) -> npt.NDArray[np.float64]:
         """(W + 1,) sums of the probabilities of all words before one."""

@@ -152,6 +152,8 @@ class WordBeam:
 
     def _frame(self, lp: Doubles) -> None:
         """lp (V,): every hypothesis stays or grows by a piece; the best `size` are kept."""
+        if not self._now.ints[ENDS].any():
+            self._break_off()
         total, floats, size = self._now.mass(), self._now.floats.copy(), self.cfg.size
         floats[BLANK_MASS] = total + lp[BLANK]
         floats[PIECE_MASS] += lp[self._now.ints[LAST]]
@@ -174,6 +176,19 @@ class WordBeam:
         if after.ints.shape[1] > size:
             after = after.where(np.argpartition(-after.scores(), size)[:size])
         self._now = after
+
+    def _break_off(self) -> None:
+        """Where no word can end, the likeliest may end as words of no lexicon: without this, what
+        is said after a word that was misheard finds no way on, and is lost."""
+        broken = self._now.where(np.argsort(-self._now.scores())[: self.cfg.n_spelled])
+        for i, node in enumerate(broken.ints[NODE].tolist()):
+            longer = -1
+            for piece in self.lexicon.path(node):
+                longer = self._spelled_node(longer, piece)
+            text = self._spelled.texts[longer - self._n_nodes]
+            broken.ints[NODE, i], broken.ints[ENDS, i] = longer, 1
+            broken.floats[AHEAD, i] = -self.cfg.spell_cost - self.cfg.letter_cost * len(text)
+        self._now = _joined([self._now, broken])
 
     def _go_on(self, lp: Doubles, total: Doubles, limit: float) -> list[_Hypotheses]:
         """Words of the lexicon that are open, one piece longer."""

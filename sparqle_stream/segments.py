@@ -1,9 +1,10 @@
 """Segments: the audio of detected speech, cut into chunks of one size.
 
-In: where segments begin and end, PCM (S,) between. Out: chunks (S,), the first with the segment's
-first sample, the last padded with zeros so that look-ahead and delay are through. A chunk carries
-`known_at`: how much of the stream had to be heard before it was there, which the detector's
-hesitation makes later than its own end for the first. Latency: a chunk leaves with its last sample.
+In: where segments begin, pause and end, PCM (S,) between. Out: chunks (S,), the first with the
+segment's first sample, the last padded with zeros so that look-ahead and delay are through, as far
+as there is no silence at its end. A chunk carries `known_at`, how much of the stream had to be
+heard before it was there, which the detector's hesitation makes later than its own end for the
+first, and whether somebody speaks then. Latency: a chunk leaves with its last sample.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ make voiced or not of it; `min_speech_ms` of voice open a segment, `stop_ms` wit
 `pause_ms` without are a pause in it. A segment begins `preroll_ms` before its first voiced frame,
 because detectors hesitate at first phones, but never before the end of the segment before it.
 
-Contract: cutting the input anywhere gives the same starts, stops and samples as one call. What is
-handed out between a start and its stop is exactly pcm[start:stop]: no sample lost, none doubled.
+Contract: cutting the input anywhere gives the same starts, pauses, stops and samples as one call.
+What is handed out between a start and its stop is exactly pcm[start:stop]: no sample lost, none
+doubled.
 Latency: until a segment is open, `min_speech_ms` and the rest of a frame; in it none: samples are
 handed out as they come, also before their frame is judged, since a stop can only come after them.
 """

@@ -46,6 +46,7 @@ def test_the_tree_spells_every_word_and_knows_the_best_below(lexicon):
             spelled += lexicon.pieces[lexicon.piece[node]]
             assert lexicon.best[node] >= lexicon.unigrams[i]
         assert spelled == " " + word
+        assert "".join(lexicon.pieces[piece] for piece in lexicon.path(node)) == spelled
 
 
 def test_share_of_a_beginning(lexicon):

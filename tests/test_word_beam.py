@@ -155,6 +155,25 @@ def test_a_word_of_no_lexicon_is_spelled(lexicon):
     assert all(c.word.text in WORDS for c in never.candidates()[0])
 
 
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_where_no_word_can_end_one_breaks_off(is_committed):
+    """'ca' begins a word that is not gone on with: what is said next must not be lost with it."""
+    lexicon = lexicon_of([["cat", "sat"], ["sat", "cat"]])
+    cfg = replace(BeamConfig(), spell_floor=-1e-9)  # nothing is spelled from its beginning on
+    heard = spell(
+        lexicon, " s", "a", "t", " c", "", "a", "", "", " s", "", "a", "t", "", sure=0.999
+    )
+    beam, never = WordBeam(lexicon, cfg), WordBeam(lexicon, replace(cfg, n_spelled=0))
+    for one in (beam, never):
+        one.hear(heard[:7])
+        if is_committed:
+            one.commit("sat")
+        one.hear(heard[7:])
+    words = ("sat", "ca", "sat")
+    assert beam.readings()[0][0] == words[is_committed:]
+    assert not never.readings() or words[is_committed:] not in dict(never.readings())
+
+
 def test_silence_has_no_words(lexicon):
     beam = WordBeam(lexicon, BeamConfig())
     beam.hear(spell(lexicon, *[""] * 20, sure=0.999))

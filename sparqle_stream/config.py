@@ -260,7 +260,7 @@ class WriterConfig:
                 hint="see WriterConfig",
             )
         if not 0 <= self.sure <= 1:
-            raise ConfigError(f"sure is a share from 0 to 1, not {self.sure}", hint="0.95 is usual")
+            raise ConfigError(f"sure is a share from 0 to 1, not {self.sure}", hint="0.9 is usual")
         if not 2 <= self.n_rivals <= 8:
             raise ConfigError(f"{self.n_rivals} rivals cannot be judged", hint="2 to 8 can")
 

@@ -56,7 +56,8 @@ def open_source(name: str, pipe_format: audio.AudioFormat) -> Source:
             raise AudioFormatError("standard input is closed", hint="pipe sound into it")
         if sys.stdin.isatty():
             sys.stderr.write("note: reading raw PCM from the keyboard; pipe sound in instead\n")
-        return PipeSource(sys.stdin.buffer, pipe_format)
+        # Without its buffer: Python ends badly while a thread waits in that one's lock.
+        return PipeSource(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), pipe_format)
     return FileSource(name)
 
 

@@ -185,9 +185,8 @@ class WordBeam:
             longer = -1
             for piece in self.lexicon.path(node):
                 longer = self._spelled_node(longer, piece)
-            text = self._spelled.texts[longer - self._n_nodes]
             broken.ints[NODE, i], broken.ints[ENDS, i] = longer, 1
-            broken.floats[AHEAD, i] = -self.cfg.spell_cost - self.cfg.letter_cost * len(text)
+            broken.floats[AHEAD, i] = -self._cost(self._spelled.texts[longer - self._n_nodes])
         self._now = _joined([self._now, broken])
 
     def _go_on(self, lp: Doubles, total: Doubles, limit: float) -> list[_Hypotheses]:
@@ -281,7 +280,8 @@ class WordBeam:
             if not (ends if begins else node >= self._n_nodes):
                 continue
             mass = float((blank[i] if p == last else total[i]) + lp[p])
-            cost = self._cost("" if begins else self._spelled.texts[node - self._n_nodes], p)
+            before = "" if begins else self._spelled.texts[node - self._n_nodes]
+            cost = self._cost(before + self.lexicon.pieces[p])
             if mass + past[i] + begins * max(self.cfg.word_bonus, 0.0) - cost <= limit:
                 continue  # not even if it were certain that a word begins here
             if begins:
@@ -296,10 +296,9 @@ class WordBeam:
         columns = np.array([row for row, _ in found], np.int64).T
         return [_Hypotheses(columns, np.array([row for _, row in found]).T)]
 
-    def _cost(self, before: str, piece: int) -> float:
-        """Of a word that is spelled so far and goes on with a piece."""
-        letters = len(before) + len(self.lexicon.pieces[piece])
-        return self.cfg.spell_cost + self.cfg.letter_cost * letters
+    def _cost(self, text: str) -> float:
+        """Of a word of no lexicon, spelled so far."""
+        return self.cfg.spell_cost + self.cfg.letter_cost * len(text)
 
     def _spelled_node(self, parent: int, piece: int) -> int:
         known = self._spelled
@@ -330,7 +329,7 @@ class WordBeam:
                 word = int(self.lexicon.word[node])
                 gain = cfg.lm_weight * self.lexicon.log_prob(before.context, word)
             else:
-                gain = -cfg.spell_cost - cfg.letter_cost * len(text)
+                gain = -self._cost(text)
             words = (*before.words, Word(text, began, moved + 1))
             context, score = (before.context[1], word), before.score + gain + cfg.word_bonus
             self._after[hist, node] = len(self._histories)

@@ -85,6 +85,7 @@ def figures(state: vad.VadState) -> tuple:
         state.is_voiced,
         state.run_samples,
         state.is_speech,
+        state.is_paused,
         state.probability,
         state.level_db,
     )

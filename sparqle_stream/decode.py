@@ -87,9 +87,11 @@ class Decoder(Protocol):
         ...
 
     def judge(
-        self, doubts: Mapping[int, list[list[int]]], expect: Expect
+        self, doubts: Mapping[int, list[list[int]]], going: Sequence[int], expect: Expect
     ) -> dict[int, list[float]]:
-        """log p of each row's readings after its plain text; what waits in the rows may be read."""
+        """log p of each row's readings after its plain text; what was left in the rows that go on,
+        and what they expect, may be read in the same pass.
+        """
         ...
 
     def note(self, plain: Mapping[int, list[int]]) -> None:
@@ -111,7 +113,7 @@ def write(decoder: Decoder, writers: Mapping[int, Writer]) -> dict[int, list[int
         return writers[row].expect()
 
     doubts = {row: found for row in going if (found := writers[row].doubts())}
-    for row, log_probs in decoder.judge(doubts, expect).items():
+    for row, log_probs in decoder.judge(doubts, going, expect).items():
         writers[row].judged(log_probs)
     decoder.read({row: [] for row in going}, expect)
     while going:

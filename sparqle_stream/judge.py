@@ -4,7 +4,7 @@ In: rival readings of a row as tokens of plain text. Out: log p of each after th
 the row has said. The LLM's weights are those that write captions; what tells it that plain text
 follows are K and V of some places before it, trained for that (prefix tuning, Li and Liang, 2021;
 `training.prefix`). Contract: what a row is told depends on its own text alone; places apart, in
-which readings are read, are nobody's. `onnx_cpu.judge` does the same in fewer passes.
+which readings are read, are nobody's. `onnx_cpu.judge` reads them as a tree instead.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from sparqle_stream import llm as llm_stage
 from sparqle_stream.errors import ModelError
-from sparqle_stream.plain_text import LONGEST, MOST_KEPT, MOST_RIVALS, PlainText, portions
+from sparqle_stream.plain_text import LONGEST, MOST_KEPT, MOST_RIVALS, PlainText, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from sparqle_stream.config import LlmConfig
     from sparqle_stream.llm import Llm, LlmState
-    from sparqle_stream.plain_text import Doubts
+
+    Doubts = dict[int, list[list[int]]]  # rival readings by row, as tokens
 
 MOST_PLACES = 64  # apart: a slot of memory each
 # Bias of tokens that plain text never used; their share is in no sum.
@@ -100,7 +101,7 @@ class Judge:
     def judge(self, doubts: Mapping[int, list[list[int]]]) -> dict[int, list[float]]:
         """log p of each row's readings after its plain text."""
         out: dict[int, list[float]] = {}
-        for some in portions(doubts, self.state.k.shape[1] - 2 * self.n_rows):
+        for some in _portions(doubts, self.state.k.shape[1] - 2 * self.n_rows):
             out |= self._judge(some)
         return out
 
@@ -168,6 +169,19 @@ class Judge:
             float(log_probs[end - len(ids) : end].sum())
             for ids, end in zip(readings, ends, strict=True)
         ]
+
+
+def _portions(doubts: Mapping[int, list[list[int]]], n_places: int) -> Iterator[Doubts]:
+    """As many rows as there are places for their readings."""
+    some: Doubts = {}
+    for row, readings in doubts.items():
+        found = shortened(readings)
+        if some and sum(map(len, some.values())) + len(found) > n_places:
+            yield some
+            some = {}
+        some[row] = found
+    if some:
+        yield some
 
 
 def n_slots(prefix: TextPrefix | None, n_rows: int) -> int:

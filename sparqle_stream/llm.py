@@ -379,7 +379,7 @@ class Slots:
             self.passes.read(same, [tokens[row] for row in same])
 
     def judge(
-        self, doubts: Mapping[int, list[list[int]]], expect: Expect
+        self, doubts: Mapping[int, list[list[int]]], going: Sequence[int], expect: Expect
     ) -> dict[int, list[float]]:
         return self.judges.judge(doubts) if doubts and self.judges is not None else {}
 

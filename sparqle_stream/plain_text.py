@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+import numpy as np
 
-    Doubts = dict[int, list[list[int]]]  # rival readings by row, as tokens
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
 
 MOST_RIVALS = 8  # readings of one row
 MOST_READ = 32  # tokens of a reading that count
@@ -63,14 +65,66 @@ class PlainText:
         self._is_new[row] = True
 
 
-def portions(doubts: Mapping[int, list[list[int]]], n_places: int) -> Iterator[Doubts]:
-    """As many rows as there are places for their readings, which are cut to a sensible length."""
-    some: Doubts = {}
-    for row, readings in doubts.items():
-        cut = [reading[:MOST_READ] for reading in readings[:MOST_RIVALS]]
-        if some and sum(map(len, some.values())) + len(cut) > n_places:
-            yield some
-            some = {}
-        some[row] = cut
-    if some:
-        yield some
+class Tree:
+    """Readings as a tree of tokens, so that what several begin with is read once.
+
+    A reading's last token is no node: nothing comes after it.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []  # of each node, parents first
+        self.depths: list[int] = []  # 0 for those that follow the plain text itself
+        self.readings: list[list[int]] = []
+        self.before: list[list[int]] = []  # of each reading: the node before each token; -1: none
+        self._parents: list[int] = []
+        self._nodes: dict[tuple[int, int], int] = {}  # (parent, token)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, reading: list[int]) -> None:
+        path = [-1]
+        for token in reading[:-1]:
+            known = self._nodes.get((path[-1], token))
+            path.append(self._grow(path[-1], token) if known is None else known)
+        self.readings.append(reading)
+        self.before.append(path[: len(reading)])
+
+    def n_new(self, reading: list[int]) -> int:
+        """How many nodes it would add."""
+        at = -1
+        for n, token in enumerate(reading[:-1]):
+            if (at, token) not in self._nodes:
+                return len(reading) - 1 - n
+            at = self._nodes[at, token]
+        return 0
+
+    def _grow(self, parent: int, token: int) -> int:
+        node = self._nodes[parent, token] = len(self.ids)
+        self.ids.append(token)
+        self._parents.append(parent)
+        self.depths.append(0 if parent < 0 else self.depths[parent] + 1)
+        return node
+
+    def seen(self) -> npt.NDArray[np.bool_]:
+        """(N, N): whether a node sees another: those on its way from the plain text, and itself."""
+        out = np.eye(len(self.ids), dtype=np.bool_)
+        for node, parent in enumerate(self._parents):
+            if parent >= 0:
+                out[node] |= out[parent]
+        return out
+
+
+def shortened(readings: Sequence[list[int]]) -> list[list[int]]:
+    """As many as are judged, cut to the tokens that count."""
+    return [reading[:MOST_READ] for reading in readings[:MOST_RIVALS]]
+
+
+def trees(readings: Sequence[list[int]]) -> list[Tree]:
+    """Shortened readings, in order, in trees of at most MOST_READ nodes: one, almost always."""
+    found = [Tree()]
+    for reading in shortened(readings):
+        if len(found[-1]) + found[-1].n_new(reading) > MOST_READ:
+            found.append(Tree())
+        found[-1].add(reading)
+    return found

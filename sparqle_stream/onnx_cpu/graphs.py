@@ -21,7 +21,7 @@ from sparqle_stream.config import (
     SAMPLE_RATE_HZ,
 )
 from sparqle_stream.onnx_cpu.graph import FLOAT, INT8, INT32, INT64, Floats, Graph
-from sparqle_stream.onnx_cpu.settings import places
+from sparqle_stream.onnx_cpu.settings import UNSEEN, places
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     Shape = list[int | str]
 
 EPS = 1e-5  # of LayerNorm
-UNSEEN = -1e30  # added to the score of what must not be seen
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -299,9 +298,10 @@ def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
 
     spread (B, S): row of x for each slot and place, M for none; pack (M): place in (B S) of each
     row of x; last (B'): rows of x whose final-normed hidden is wanted; n_total (B): rows of a slot,
-    the new ones included, less one; n_new (B): new rows of a slot; k_i, v_i (B, KV, N, d): slots,
-    written in place where the caller binds k_out_i, v_out_i to the same memory. They and the
-    matrices are int8 with `scales` of k_i and v_i (1, KV, 1, d), else float32.
+    the new ones included, less one; n_new (B): new rows of a slot; position (B, S): in its text, of
+    each row; unseen (B, 1, S, N): added to a row's scores, of places before it or its own; k_i, v_i
+    (B, KV, N, d): slots, written in place where the caller binds k_out_i, v_out_i to the same
+    memory. They and the matrices are int8 with `scales` of k_i and v_i (1, KV, 1, d), else float32.
     """
     g = Graph("llm", is_int8=scales is not None)
     x = g.input("x", FLOAT, ["M", cfg.width])
@@ -309,6 +309,8 @@ def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
     pack, last = g.input("pack", INT64, ["M"]), g.input("last", INT64, ["R"])
     n_total, n_new = g.input("n_total", INT32, ["B"]), g.input("n_new", INT32, ["B"])
     n_places = places(cfg.n_slot)
+    position = g.input("position", INT64, ["B", "S"])
+    unseen = g.input("unseen", FLOAT, ["B", 1, "S", n_places])
     longest = g.const(np.array(n_places, np.int32))
     rope = _rope(g, cfg, n_places)
     head: dict[str, int | str] = {"num_heads": cfg.n_heads, "kv_num_heads": cfg.n_kv_heads}
@@ -327,7 +329,8 @@ def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
         past = [g.input(f"{x}_{i}", kind, slot) for x in "kv"]
         new = [g.declare(f"{x}_out_{i}", kind, slot) for x in "kv"]
         steps = ["", ""] if scales is None else [g.const(scales[f"{x}_{i}"]) for x in "kv"]
-        inputs = [rows, "", "", *past, n_total, longest, *rope, "", "", "", *steps, "", "", n_new]
+        inputs = [rows, "", "", *past, n_total, longest, *rope, position, unseen, "", *steps]
+        inputs += ["", "", n_new]
         mixed = f"mixed_{i}"
         g.add("GroupQueryAttention", *inputs, outputs=[mixed, *new], **head)
         flat = g.reshape(mixed, -1, cfg.n_heads * cfg.head_width)

@@ -1,30 +1,28 @@
 """Judge: rival readings as plain text, in the passes of the LLM that read queries.
 
-Each row has a second slot, for its plain text; readings are read apart, in places that all rows
-share: K/V of the plain text is lent to them, and what they write behind it counts for nobody.
-The plain text itself is read along with captions; what still waits of it is read once in its slot
-and once in each place, if it is short: one pass instead of two.
+Each row has a second slot, for its plain text, which is read along with captions. Rival readings
+are read behind it as a tree (Miao et al., 2023), in the same pass as what still waits: a node sees
+the text and its own ancestors, and is written over by what comes next.
 """
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparqle_stream.plain_text import MOST_KEPT, PlainText, portions
+from sparqle_stream.onnx_cpu.settings import PASS_ROWS
+from sparqle_stream.plain_text import MOST_KEPT, PlainText, trees
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sparqle_stream.decode import Expect
     from sparqle_stream.onnx_cpu.model import TextPrefix
     from sparqle_stream.onnx_cpu.slots import Slots
-    from sparqle_stream.plain_text import Doubts
+    from sparqle_stream.plain_text import Tree
     from sparqle_stream.stages import Floats
-
-N_PLACES = 9  # apart, for all rows
-FEW = 3  # waiting tokens that are read once more in every place
 
 
 class Judge:
@@ -34,25 +32,23 @@ class Judge:
         self.slots, self.prefix, self.n_rows = slots, prefix, n_rows
         self._n_slot = min(slots.n_slot, prefix.n_places + MOST_KEPT)
         self.plain = PlainText(n_rows, self._n_slot, bos_id)
-        self._apart = 2 * n_rows  # the first of the places
-        self._wipe(slice(self._apart, self._apart + N_PLACES))
 
     def wipe(self, row: int) -> None:
+        """The row is a new stream's; all memory that it will ever use is taken at once."""
         self.plain.wipe(row)
-        self._wipe(slice(self.n_rows + row, self.n_rows + row + 1))
-
-    def _wipe(self, slots: slice) -> None:
-        """All memory that they will ever use is taken at once: hours later it is no more."""
         for array in self.slots.kv.values():
-            array[slots, :, : self._n_slot] = 0
+            array[self.n_rows + row, :, : self._n_slot] = 0
 
     def judge(
-        self, doubts: Mapping[int, list[list[int]]], expect: Expect
+        self, doubts: Mapping[int, list[list[int]]], going: Sequence[int], expect: Expect
     ) -> dict[int, list[float]]:
-        """As `decode.Decoder.judge`: what waits in the rows is read in the same passes."""
-        out: dict[int, list[float]] = {}
-        for some in portions(doubts, N_PLACES):
-            out |= self._judge(some, expect)
+        """As `decode.Decoder.judge`: what waits in rows that go on is read in the same pass."""
+        out: dict[int, list[float]] = {row: [] for row in doubts}
+        grown = {row: trees(readings) for row, readings in doubts.items()}
+        for of in zip_longest(*grown.values()):
+            some = {row: tree for row, tree in zip(grown, of, strict=True) if tree is not None}
+            for row, log_probs in self._judge(some, going, expect).items():
+                out[row] += log_probs
         return out
 
     def waiting(self, rows: Iterable[int]) -> dict[int, Floats]:
@@ -60,36 +56,32 @@ class Judge:
         found = {self.n_rows + row: self._take(row) for row in rows}
         return {text: self.slots.embed(ids) for text, ids in found.items() if ids}
 
-    def _judge(self, doubts: Doubts, expect: Expect) -> dict[int, list[float]]:
-        slots, at = self.slots, self._apart
-        new = slots.take(doubts)
-        apart: dict[int, Floats] = {}
-        asked: list[tuple[int, int, int, list[int]]] = []  # text slot, place, waiting, reading
-        for row, readings in doubts.items():
-            text, ids = self.n_rows + row, self._catch_up(row)
-            places = range(at, at + len(readings))
-            at += len(readings)
-            self._lend(text, places)
-            if ids:
-                new[text] = slots.embed(ids)
-            for place, reading in zip(places, readings, strict=True):
-                asked.append((text, place, len(ids), reading))
-                if rest := ids + reading[:-1]:
-                    apart[place] = slots.embed(rest)
-        hidden = slots.append(new, {row: expect(row) for row in doubts if row in new}, apart)
-        before = [
-            np.concatenate([slots.hidden[[text]], hidden.get(place, slots.hidden[:0])[n:]])
-            for text, place, n, _ in asked
-        ]
-        sums = iter(self._log_probs(before, [reading for *_, reading in asked]))
-        return {row: [next(sums) for _ in readings] for row, readings in doubts.items()}
-
-    def _log_probs(self, before: list[Floats], readings: list[list[int]]) -> list[float]:
-        """Hidden states (R, E) before each of a reading's R tokens -> log p of all of them."""
-        ids = [i for reading in readings for i in reading]
-        log_probs = self.slots.model.plain_log_probs(np.concatenate(before), ids)
-        ends = np.cumsum([len(reading) for reading in readings])[:-1]
-        return [float(part.sum()) for part in np.split(log_probs, ends)]
+    def _judge(
+        self, grown: Mapping[int, Tree], going: Sequence[int], expect: Expect
+    ) -> dict[int, list[float]]:
+        slots = self.slots
+        new = slots.take(going)
+        picks = {row: expect(row) for row in going if row in new}
+        new |= self.waiting(row for row in list(new) if row not in grown)
+        for row, tree in grown.items():
+            if ids := self._catch_up(row, len(tree)):
+                new[self.n_rows + row] = slots.embed(ids)
+        nodes = slots.append(new, picks, {self.n_rows + row: t for row, t in grown.items() if t})
+        texts = [slots.hidden[self.n_rows + row] for row in grown]
+        hidden, before, ids = [np.stack(texts)], list[int](), list[int]()
+        n_hidden = len(texts)
+        for i, (row, tree) in enumerate(grown.items()):
+            for reading, after in zip(tree.readings, tree.before, strict=True):
+                before += [i if node < 0 else n_hidden + node for node in after]
+                ids += reading
+            if tree:
+                hidden.append(nodes[self.n_rows + row])
+                n_hidden += len(tree)
+        log_probs = iter(slots.model.plain_log_probs(np.concatenate(hidden), before, ids).tolist())
+        return {
+            row: [sum(next(log_probs) for _ in reading) for reading in tree.readings]
+            for row, tree in grown.items()
+        }
 
     def _take(self, row: int) -> list[int]:
         slots, text = self.slots, self.n_rows + row
@@ -99,10 +91,10 @@ class Judge:
             self._put_prefix(text)
         return ids
 
-    def _catch_up(self, row: int) -> list[int]:
-        """The plain text is read but for the few tokens that come back."""
+    def _catch_up(self, row: int, n_nodes: int) -> list[int]:
+        """What waits of the plain text, if a pass has room for it besides the tree."""
         ids = self._take(row)
-        if len(ids) <= FEW:
+        if len(ids) + n_nodes <= PASS_ROWS:
             return ids
         self.slots.append({self.n_rows + row: self.slots.embed(ids)}, {}, {})
         return []
@@ -111,10 +103,3 @@ class Judge:
         for name, array in self.slots.kv.items():
             array[text, :, : self.prefix.n_places] = self.prefix.kv[name]
         self.slots.length[text] = self.prefix.n_places
-
-    def _lend(self, text: int, places: range) -> None:
-        """Places hold what a plain text's slot does."""
-        n, where = int(self.slots.length[text]), slice(places.start, places.stop)
-        for array in self.slots.kv.values():
-            array[where, :, :n] = array[text, :, :n]
-        self.slots.length[where] = n

@@ -88,14 +88,16 @@ class OnnxModel:
                     self.sessions[name] = open_session(self.folder / f"{name}.onnx")
         return self.sessions[name]
 
-    def plain_log_probs(self, hidden: Floats, ids: list[int]) -> Floats:
-        """hidden (R, E) before each of R tokens of plain text -> their log-probabilities (R,)."""
+    def plain_log_probs(self, hidden: Floats, before: list[int], ids: list[int]) -> Floats:
+        """hidden (C, E) of plain texts; before: after which of them each of R tokens is said ->
+        their log-probabilities (R,)."""
         assert self.text is not None
-        logits = np.einsum("re,re->r", hidden, self.head[ids].astype(np.float32))
+        said = self.head[ids].astype(np.float32)
+        logits = np.einsum("re,re->r", hidden[before], said)
         run = self.session("plain").run
         parts = [hidden[at : at + PLAIN_ROWS] for at in range(0, len(hidden), PLAIN_ROWS)]
         everything = np.concatenate([run(None, {"hidden": part})[0] for part in parts])
-        out: Floats = logits + self.text.bias[ids] - everything
+        out: Floats = logits + self.text.bias[ids] - everything[before]
         return out
 
     def kind(self, graph: str, name: str) -> Kind:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-FORMAT = 8  # changes with the graphs
+FORMAT = 9  # changes with the graphs
 INDEX = "stages.json"
 DTYPES = ("int8", "float32")  # of the matrices
 DEFAULT_DTYPE = "int8"
 PASS_ROWS = 64  # of one slot in one pass of the LLM
+UNSEEN = -1e30  # added to the score of what must not be seen
 
 
 def places(n_slot: int) -> int:

@@ -9,6 +9,8 @@ over when something else is.
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,18 +18,21 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from sparqle_stream.errors import ModelError
-from sparqle_stream.onnx_cpu.judge import N_PLACES, Judge
+from sparqle_stream.onnx_cpu.judge import Judge
 from sparqle_stream.onnx_cpu.memory import sparse_zeros
-from sparqle_stream.onnx_cpu.settings import PASS_ROWS, places
+from sparqle_stream.onnx_cpu.settings import PASS_ROWS, UNSEEN, places
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sparqle_stream.decode import Expect
     from sparqle_stream.onnx_cpu.model import OnnxModel
+    from sparqle_stream.plain_text import Tree
     from sparqle_stream.stages import Floats
 
     Ints = npt.NDArray[np.int64]
+
+PATIENCE = 8  # rows that may wait for a pass that somebody needs
 
 
 class Slots:
@@ -39,7 +44,7 @@ class Slots:
     def __init__(self, model: OnnxModel, n_rows: int) -> None:
         cfg, prefix = model.cfg.llm, model.text
         self.model, self.n_slot, self.width = model, cfg.n_slot, cfg.width
-        n_judged, n_rows = n_rows, n_rows if prefix is None else 2 * n_rows + N_PLACES
+        n_judged, n_rows = n_rows, n_rows if prefix is None else 2 * n_rows
         shape = (n_rows, cfg.n_kv_heads, places(cfg.n_slot), cfg.head_width)
         kind, layers = model.kind("llm", "k_0"), range(cfg.n_layers)
         self.kv = {f"{part}_{i}": sparse_zeros(shape, kind) for i in layers for part in "kv"}
@@ -48,6 +53,8 @@ class Slots:
         self._waiting: list[list[Floats]] = [[] for _ in range(n_rows)]
         # Picks that were read ahead, in order, with the hidden state after each.
         self._ahead: list[list[tuple[list[int], Floats]]] = [[] for _ in range(n_rows)]
+        # What rows must not see before them: nothing, but for trees while they are read.
+        self._unseen = sparse_zeros((n_rows * PASS_ROWS * places(cfg.n_slot),), np.float32)
         self._session = model.session("llm")
         self._binding = self._session.io_binding()
         for name, array in self.kv.items():
@@ -102,9 +109,11 @@ class Slots:
         return out
 
     def judge(
-        self, doubts: Mapping[int, list[list[int]]], expect: Expect
+        self, doubts: Mapping[int, list[list[int]]], going: Sequence[int], expect: Expect
     ) -> dict[int, list[float]]:
-        return self._judge.judge(doubts, expect) if self._judge is not None else {}
+        if self._judge is None or not doubts:
+            return {}
+        return self._judge.judge(doubts, going, expect)
 
     def note(self, plain: Mapping[int, list[int]]) -> None:
         if self._judge is not None:
@@ -124,15 +133,18 @@ class Slots:
     def read(self, tokens: Mapping[int, list[int]], expect: Expect | None = None) -> None:
         """All that waits in these rows, then their tokens, then what they expect."""
         self.leave(tokens)
-        if new := self.take(tokens):
-            picks = {row: expect(row) for row in new} if expect else {}
-            if self._judge is not None:
-                new |= self._judge.waiting(tokens)
-            self.append(new, picks, {})
+        new = self.take(tokens)
+        picks = {row: expect(row) for row in tokens if row in new} if expect else {}
+        self.append(new | self.plain_along(new), picks, {})
 
     def take(self, rows: Iterable[int]) -> dict[int, Floats]:
-        """What waits in some rows and fits into one pass; all before that is read."""
-        new = {row: np.concatenate(self._waiting[row]) for row in rows if self._waiting[row]}
+        """What waits in some rows, and in those where much does, and fits into one pass; all before
+        that is read."""
+        late = (
+            row for row, waiting in enumerate(self._waiting) if sum(map(len, waiting)) > PATIENCE
+        )
+        asked = [row for row in dict.fromkeys([*rows, *late]) if self._waiting[row]]
+        new = {row: np.concatenate(self._waiting[row]) for row in asked}
         self._check_room(new)
         for row in new:
             self._waiting[row].clear()
@@ -140,6 +152,10 @@ class Slots:
             self.append({row: embeds[:PASS_ROWS] for row, embeds in longer.items()}, {}, {})
             new |= {row: embeds[PASS_ROWS:] for row, embeds in longer.items()}
         return new
+
+    def plain_along(self, rows: Iterable[int]) -> dict[int, Floats]:
+        """What waits of the plain text of rows that a pass is made for."""
+        return self._judge.waiting(rows) if self._judge is not None else {}
 
     def embed(self, ids: list[int]) -> Floats:
         embeds: Floats = self.model.tokens[ids].astype(np.float32)
@@ -167,30 +183,31 @@ class Slots:
         self,
         new: Mapping[int, Floats],
         ahead: Mapping[int, list[list[int]]],
-        apart: Mapping[int, Floats],
+        trees: Mapping[int, Tree],
     ) -> dict[int, Floats]:
         """One pass of the graph `llm`; see graphs.llm for its inputs.
 
         new: embeddings (R, E) that slots go on with; ahead: what slots may read behind these;
-        apart: embeddings that count for nobody -> the hidden state (R, E) of each.
+        trees: what is read there and never counts -> the hidden states (N, E) of the nodes.
         """
-        if not new and not apart:
+        if not new and not trees:
             return {}
         picks = {row: self._fitting(row, len(new[row]), ids) for row, ids in ahead.items()}
         parts = {row: [embeds, *map(self.embed, picks.get(row, []))] for row, embeds in new.items()}
-        rows = {row: np.concatenate(embeds) for row, embeds in parts.items()}
-        ends = np.cumsum(
-            [len(part) for embeds in parts.values() for part in embeds], dtype=np.int64
-        )
-        n_counting = int(ends[-1]) if len(ends) else 0
-        n_apart = sum(map(len, apart.values()))
-        every = self._run({**rows, **apart}, np.append(ends - 1, n_counting + np.arange(n_apart)))
-        hidden = iter(every)
-        for row, embeds in new.items():
-            self.length[row] += len(embeds)
-            self.hidden[row] = next(hidden)
-            self._ahead[row] = [(ids, next(hidden)) for ids in picks.get(row, [])]
-        return {row: np.array([next(hidden) for _ in embeds]) for row, embeds in apart.items()}
+        for row, tree in trees.items():
+            parts[row] = [*parts.get(row, []), *self.embed(tree.ids)[:, None]]
+        ends = np.cumsum([len(part) for of in parts.values() for part in of], dtype=np.int64)
+        rows = {row: np.concatenate(of) for row, of in parts.items()}
+        hidden = iter(self._run(rows, ends - 1, trees))
+        nodes: dict[int, Floats] = {}
+        for row in parts:
+            if row in new:
+                self.length[row] += len(new[row])
+                self.hidden[row] = next(hidden)
+                self._ahead[row] = [(ids, next(hidden)) for ids in picks.get(row, [])]
+            if row in trees:
+                nodes[row] = np.array([next(hidden) for _ in trees[row].ids])
+        return nodes
 
     def _fitting(self, row: int, n_new: int, picks: list[list[int]]) -> list[list[int]]:
         """As many of a row's picks as fit into the pass and the slot behind its new rows."""
@@ -198,8 +215,9 @@ class Slots:
         ends = np.cumsum([len(ids) for ids in picks])
         return picks[: int((ends <= room).sum())]
 
-    def _run(self, new: Mapping[int, Floats], last: Ints) -> Floats:
-        """Rows behind those that count; the hidden states (R, E) of some of them, by place."""
+    def _run(self, new: Mapping[int, Floats], last: Ints, trees: Mapping[int, Tree]) -> Floats:
+        """Rows behind those that count, of which trees are the last; the hidden states (R, E) of
+        some of them, by place."""
         counts = np.zeros(len(self.length), np.int32)
         for row, embeds in new.items():
             counts[row] = len(embeds)
@@ -212,17 +230,40 @@ class Slots:
             spread[row, :n] = np.arange(at, at + n)
             pack[at : at + n] = row * spread.shape[1] + np.arange(n)
             at += n
-        inputs = {
-            "x": x,
-            "spread": spread,
-            "pack": pack,
-            "last": last,
-            "n_total": np.maximum(self.length + counts, 1) - 1,  # an idle slot says what it has
-            "n_new": counts,
-        }
-        for name, value in inputs.items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        self._binding.bind_output("hidden")
-        self._session.run_with_iobinding(self._binding)
+        position = self.length[:, None].astype(np.int64) + np.arange(spread.shape[1])
+        with self._branches(counts, position, trees) as unseen:
+            inputs = {
+                "x": x,
+                "spread": spread,
+                "pack": pack,
+                "last": last,
+                # An idle slot says what it has.
+                "n_total": np.maximum(self.length + counts, 1) - 1,
+                "n_new": counts,
+                "position": position,
+                "unseen": unseen,
+            }
+            for name, value in inputs.items():
+                self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            self._binding.bind_output("hidden")
+            self._session.run_with_iobinding(self._binding)
         hidden: Floats = self._binding.get_outputs()[-1].numpy()  # bound last
         return hidden
+
+    @contextmanager
+    def _branches(
+        self, counts: npt.NDArray[np.int32], position: Ints, trees: Mapping[int, Tree]
+    ) -> Iterator[Floats]:
+        """What rows must not see (B, 1, S, N); nodes of a tree get the position of their depth."""
+        shape = (*position.shape, places(self.n_slot))
+        unseen = self._unseen[: math.prod(shape)].reshape(shape)
+        marked = []
+        for row, tree in trees.items():
+            end, n = int(counts[row]), len(tree)
+            first = int(self.length[row]) + end - n
+            position[row, end - n : end] = first + np.array(tree.depths)
+            marked.append(unseen[row, end - n : end, first : first + n])
+            marked[-1][~tree.seen()] = UNSEEN
+        yield unseen[:, None]
+        for square in marked:
+            square[:] = 0.0

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 # Rows whose hearing is one pass: all at once would cost 5 % less, and half as much memory again.
 HEARD_TOGETHER = 2
-PATIENCE = 8  # rows that may wait for a pass that somebody needs; longer ones get their own
 
 
 class Rings:
@@ -169,7 +168,7 @@ class OnnxStages:
                 self.slots.leave_embedded(row, new)
             lap("captions")
         tokens = write(self.slots, writers)
-        self.slots.read({row: [] for row in writers if self.slots.n_waiting(row) > PATIENCE})
+        self.slots.read({})  # where much waits, and nothing was written
         lap("llm")
         return StepResult(tokens, lap.seconds)
 

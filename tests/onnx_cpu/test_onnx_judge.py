@@ -11,7 +11,7 @@ from sparqle_stream import llm as llm_stage
 from sparqle_stream.judge import Judge, n_slots
 from sparqle_stream.onnx_cpu import model as onnx_model
 from sparqle_stream.onnx_cpu.export import export
-from sparqle_stream.onnx_cpu.slots import Slots
+from sparqle_stream.onnx_cpu.slots import PATIENCE, Slots
 from sparqle_stream.testing import ByteTokenizer
 from tests.prefixes import prefix_of
 
@@ -56,6 +56,17 @@ def readings(rng, n, longest=6):
     return [rng.integers(60, 150, rng.integers(1, longest)).tolist() for _ in range(n)]
 
 
+def watch(slots, passes, monkeypatch):
+    """Appends how many rows each slot has in every pass."""
+    run = slots._run
+
+    def watched(new, *rest):
+        passes.append({slot: len(embeds) for slot, embeds in new.items()})
+        return run(new, *rest)
+
+    monkeypatch.setattr(slots, "_run", watched)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_as_torch_over_a_story(slots, torch_judge, dtype, seed):
     """Words are said, few or many at once; rows end; queries and tokens come in between."""
@@ -73,7 +84,7 @@ def test_as_torch_over_a_story(slots, torch_judge, dtype, seed):
             if rng.random() < 0.5:
                 slots.leave_embedded(row, rng.standard_normal((4, 64)).astype(np.float32))
         doubts = {row: readings(rng, rng.integers(2, 5)) for row in rows}
-        got, expected = slots.judge(doubts, nothing), torch_judge.judge(doubts)
+        got, expected = slots.judge(doubts, list(doubts), nothing), torch_judge.judge(doubts)
         for row in rows:
             np.testing.assert_allclose(got[row], expected[row], atol=atol)
         slots.read({row: [] for row in rows})
@@ -84,28 +95,49 @@ def test_as_torch_over_a_story(slots, torch_judge, dtype, seed):
 
 def test_what_waits_is_read_in_the_same_pass(slots, monkeypatch):
     passes = []
-    run = slots._run
-    monkeypatch.setattr(slots, "_run", lambda new, last: passes.append(set(new)) or run(new, last))
-    slots.judge({0: [[100, 101], [99, 98]]}, nothing)
+    watch(slots, passes, monkeypatch)
+    slots.judge({0: [[100, 101], [99, 98]]}, [0], nothing)
     passes.clear()
     slots.leave_embedded(0, np.ones((4, 64), np.float32))
     slots.note({0: [100, 101]})
-    slots.judge({0: [[100, 101], [99, 98]]}, nothing)
-    assert passes == [{0, N_ROWS, 2 * N_ROWS, 2 * N_ROWS + 1}]
+    slots.judge({0: [[100, 101], [99, 98]]}, [0], nothing)
+    assert passes == [{0: 4, N_ROWS: 4}]
     slots.read({0: []})
     assert len(passes) == 1
 
 
-def test_plain_text_is_read_along_with_captions(slots, monkeypatch):
-    slots.judge({0: [[100, 101], [99, 98]]}, nothing)
+def test_rows_that_go_on_are_read_with_the_doubts_of_others(slots, monkeypatch):
     passes = []
-    run = slots._run
-    monkeypatch.setattr(slots, "_run", lambda new, last: passes.append(set(new)) or run(new, last))
+    watch(slots, passes, monkeypatch)
+    slots.note({0: [100], 1: [101, 102], 2: [103]})
+    for row in range(N_ROWS):
+        slots.leave_embedded(row, np.ones((4, 64), np.float32))
+    slots.judge({0: [[100, 101], [99, 98]]}, [0, 1], lambda row: [[100 + row]])
+    slots.read({0: [], 1: []}, nothing)
+    # What is read ahead is known: what waits, a row ahead; a beginning, a word, two nodes.
+    assert passes == [{0: 5, 1: 5, N_ROWS: 4, N_ROWS + 1: 3}]
+    assert slots.n_waiting(2) == 4
+
+
+def test_where_much_waits_it_is_read_with_others(slots, monkeypatch):
+    passes = []
+    watch(slots, passes, monkeypatch)
+    slots.leave_embedded(0, np.ones((4, 64), np.float32))
+    slots.leave_embedded(1, np.ones((PATIENCE + 1, 64), np.float32))
+    slots.leave_embedded(2, np.ones((PATIENCE, 64), np.float32))
+    slots.read({0: []}, nothing)
+    assert [set(of) for of in passes] == [{0, 1, N_ROWS, N_ROWS + 1}]
+
+
+def test_plain_text_is_read_along_with_captions(slots, monkeypatch):
+    slots.judge({0: [[100, 101], [99, 98]]}, [0], nothing)
+    passes = []
+    watch(slots, passes, monkeypatch)
     slots.note({0: [100, 101], 1: [100]})
     slots.leave_embedded(0, np.ones((4, 64), np.float32))
     slots.read({0: []})
-    slots.judge({0: [[99, 98], [97]]}, nothing)
-    assert passes == [{0, N_ROWS}, {2 * N_ROWS}]
+    slots.judge({0: [[99, 98], [97]]}, [0], nothing)
+    assert passes == [{0: 4, N_ROWS: 2}, {N_ROWS: 1}]
 
 
 def test_captions_are_those_of_slots_without_doubts(graphs):
@@ -116,7 +148,7 @@ def test_captions_are_those_of_slots_without_doubts(graphs):
         queries = rng.standard_normal((4, 64)).astype(np.float32)
         for slots in (quiet, loud):
             slots.leave_embedded(1, queries)
-        loud.judge({1: readings(rng, 4)}, nothing)
+        loud.judge({1: readings(rng, 4)}, [1], nothing)
         loud.note({1: [100]})
         quiet.read({1: []})
         loud.read({1: []})
@@ -127,13 +159,48 @@ def test_captions_are_those_of_slots_without_doubts(graphs):
         np.testing.assert_array_equal(array[1, :, :n], loud.kv[name][1, :, :n])
 
 
-def test_rows_share_the_places_in_turns(slots):
+def test_a_row_is_judged_as_if_it_were_alone(slots):
     rng = np.random.default_rng(0)
     doubts = {row: readings(rng, 4) for row in range(N_ROWS)}
-    together = slots.judge(doubts, nothing)
+    together = slots.judge(doubts, list(doubts), nothing)
     for row, of in doubts.items():
-        alone = slots.judge({row: of}, nothing)[row]
+        alone = slots.judge({row: of}, [row], nothing)[row]
         np.testing.assert_allclose(together[row], alone, atol=1e-3)
+
+
+def test_readings_do_not_see_each_other(slots, torch_judge, dtype, monkeypatch):
+    """Whatever they begin with in common: each is judged as if it were the only one."""
+    passes = []
+    watch(slots, passes, monkeypatch)
+    found = [[100, 101, 102], [100, 101, 103, 104], [100, 99], [98, 101, 102], [100, 101]]
+    slots.note({1: [90, 91]})
+    together = slots.judge({1: found}, [1], nothing)[1]
+    assert passes == [{N_ROWS + 1: 3 + 5}]  # what waits; 100, 101, 103, 98, 101
+    alone = [slots.judge({1: [reading]}, [1], nothing)[1][0] for reading in found]
+    np.testing.assert_allclose(together, alone, atol=1e-3 if dtype == "float32" else 1e-6)
+    torch_judge.say(1, [90, 91])
+    expected = torch_judge.judge({1: found})[1]
+    np.testing.assert_allclose(together, expected, atol=NATS if dtype == "float32" else NATS_INT8)
+    assert not slots._unseen.any()
+
+
+def test_more_readings_than_a_tree_holds(slots, torch_judge, dtype, monkeypatch):
+    """Long ones that share nothing are judged in several passes; a long story is caught up."""
+    rng, passes = np.random.default_rng(3), []
+    watch(slots, passes, monkeypatch)
+    found = [[60 + i, *rng.integers(60, 150, 40)] for i in range(10)]
+    story = rng.integers(60, 150, 40).tolist()
+    slots.note({0: story})
+    torch_judge.say(0, story)
+    got, expected = (
+        slots.judge({0: found, 2: found[:1]}, [0, 2], nothing),
+        torch_judge.judge({0: found}),
+    )
+    np.testing.assert_allclose(got[0], expected[0], atol=NATS if dtype == "float32" else 8.0)
+    assert len(got[0]) == 8
+    assert len(got[2]) == 1
+    assert passes[0] == {N_ROWS: 41}
+    assert passes[1:] == [{N_ROWS: 31, N_ROWS + 2: 32}, *[{N_ROWS: 31}] * 7]
 
 
 def test_a_broken_prefix_is_one_line(graphs, tmp_path):

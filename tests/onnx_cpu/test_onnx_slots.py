@@ -20,9 +20,9 @@ class Counted(Slots):
         super().__init__(model, n_rows)
         self.n_rows_read = []
 
-    def _run(self, new, last):
+    def _run(self, new, last, trees):
         self.n_rows_read.append(sum(map(len, new.values())))
-        return super()._run(new, last)
+        return super()._run(new, last, trees)
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from sparqle_stream import stages
-from sparqle_stream.onnx_cpu.slots import Slots
-from sparqle_stream.onnx_cpu.stages import PATIENCE
+from sparqle_stream.onnx_cpu.slots import PATIENCE, Slots
 from sparqle_stream.writer import Greedy
 
 S = 5120  # samples of a chunk

@@ -24,7 +24,7 @@ from sparqle_stream.onnx_cpu.graph import FLOAT, INT8, INT32, INT64, Floats, Gra
 from sparqle_stream.onnx_cpu.settings import UNSEEN, places
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sparqle_stream.config import EncoderConfig, FeatureConfig, LlmConfig, QFormerConfig
 
@@ -307,18 +307,7 @@ def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
     x = g.input("x", FLOAT, ["M", cfg.width])
     spread = g.input("spread", INT64, ["B", "S"])
     pack, last = g.input("pack", INT64, ["M"]), g.input("last", INT64, ["R"])
-    n_total, n_new = g.input("n_total", INT32, ["B"]), g.input("n_new", INT32, ["B"])
-    n_places = places(cfg.n_slot)
-    position = g.input("position", INT64, ["B", "S"])
-    unseen = g.input("unseen", FLOAT, ["B", 1, "S", n_places])
-    longest = g.const(np.array(n_places, np.int32))
-    rope = _rope(g, cfg, n_places)
-    head: dict[str, int | str] = {"num_heads": cfg.n_heads, "kv_num_heads": cfg.n_kv_heads}
-    head["do_rotary"] = 1
-    if scales is not None:
-        head |= {f"{part}_quant_type": "PER_CHANNEL" for part in "kv"} | {"kv_cache_bit_width": 8}
-    kind = FLOAT if scales is None else INT8
-    slot: Shape = ["B", cfg.n_kv_heads, n_places, cfg.head_width]
+    attend = _slot_attention(g, cfg, scales)
     nothing = g.const(np.zeros((1, w["layers.0.attn.qkv_proj"].shape[0]), np.float32))
     first = g.const(w["layers.0.attn_norm.weight"])
     normed = g.add("SimplifiedLayerNormalization", x, first, epsilon=cfg.rms_eps, axis=-1)
@@ -326,14 +315,7 @@ def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
         part = {k.removeprefix(f"layers.{i}."): v for k, v in w.items()}
         qkv = g.linear(normed, part["attn.qkv_proj"])
         rows = g.add("Gather", g.concat(qkv, nothing, axis=0), spread, axis=0)  # (B, S, ...)
-        past = [g.input(f"{x}_{i}", kind, slot) for x in "kv"]
-        new = [g.declare(f"{x}_out_{i}", kind, slot) for x in "kv"]
-        steps = ["", ""] if scales is None else [g.const(scales[f"{x}_{i}"]) for x in "kv"]
-        inputs = [rows, "", "", *past, n_total, longest, *rope, position, unseen, "", *steps]
-        inputs += ["", "", n_new]
-        mixed = f"mixed_{i}"
-        g.add("GroupQueryAttention", *inputs, outputs=[mixed, *new], **head)
-        flat = g.reshape(mixed, -1, cfg.n_heads * cfg.head_width)
+        flat = g.reshape(attend(i, rows), -1, cfg.n_heads * cfg.head_width)
         mixed = g.add("Gather", flat, pack, axis=0)
         out = g.linear(mixed, part["attn.o_proj.weight"])
         normed, x = _add_rms_norm(g, cfg, out, x, part["mlp_norm.weight"])
@@ -346,6 +328,33 @@ def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
         normed, x = _add_rms_norm(g, cfg, out, x, after)
     g.output("hidden", g.add("Gather", normed, last, axis=0), ["R", cfg.width])
     return g
+
+
+def _slot_attention(g: Graph, cfg: LlmConfig, scales: Weights | None) -> Callable[[int, str], str]:
+    """Layer and rows (B, S, Q + K + V) of all slots -> (B, S, Q): K and V go into the slots."""
+    n_places = places(cfg.n_slot)
+    n_total, n_new = g.input("n_total", INT32, ["B"]), g.input("n_new", INT32, ["B"])
+    position = g.input("position", INT64, ["B", "S"])
+    unseen = g.input("unseen", FLOAT, ["B", 1, "S", n_places])
+    longest = g.const(np.array(n_places, np.int32))
+    rope = _rope(g, cfg, n_places)
+    head: dict[str, int | str] = {"num_heads": cfg.n_heads, "kv_num_heads": cfg.n_kv_heads}
+    head["do_rotary"] = 1
+    if scales is not None:
+        head |= {f"{part}_quant_type": "PER_CHANNEL" for part in "kv"} | {"kv_cache_bit_width": 8}
+    kind = FLOAT if scales is None else INT8
+    slot: Shape = ["B", cfg.n_kv_heads, n_places, cfg.head_width]
+
+    def attend(i: int, rows: str) -> str:
+        past = [g.input(f"{x}_{i}", kind, slot) for x in "kv"]
+        new = [g.declare(f"{x}_out_{i}", kind, slot) for x in "kv"]
+        steps = ["", ""] if scales is None else [g.const(scales[f"{x}_{i}"]) for x in "kv"]
+        inputs = [rows, "", "", *past, n_total, longest, *rope, position, unseen, "", *steps]
+        mixed = f"mixed_{i}"
+        g.add("GroupQueryAttention", *inputs, "", "", n_new, outputs=[mixed, *new], **head)
+        return mixed
+
+    return attend
 
 
 def _rope(g: Graph, cfg: LlmConfig, n_places: int) -> tuple[str, str]:

@@ -132,10 +132,10 @@ class VadConfig:
     kind: str = "silero"  # silero | webrtc | off
     stop_ms: int = 800  # silence after which a segment ends
     pause_ms: int = 200  # silence after which words that were heard wait for nothing more
-    preroll_ms: int = 480  # audio kept from before the detected start
+    preroll_ms: int = 960  # audio kept from before the detected start
     min_speech_ms: int = 96
-    threshold: float = 0.5
-    threshold_off: float = 0.35
+    threshold: float = 0.3  # probability that makes a frame voiced: noise is the CTC's business
+    threshold_off: float = 0.15  # and below which it is so no longer
     webrtc_mode: int = 2
 
     def __post_init__(self) -> None:

@@ -10,7 +10,9 @@ from sparqle_stream.vad import Detector, SegmentAudio, SegmentPause, SegmentStar
 
 FRAME = 512
 # 96 ms are 3 frames, 64 ms of silence are 2, the pre-roll is 2.5 frames; 1 frame is a pause.
-CFG = VadConfig(min_speech_ms=96, stop_ms=64, pause_ms=32, preroll_ms=80)
+CFG = VadConfig(
+    min_speech_ms=96, stop_ms=64, pause_ms=32, preroll_ms=80, threshold=0.5, threshold_off=0.35
+)
 
 
 def by_peak(cfg: VadConfig = CFG) -> Detector:

@@ -17,6 +17,23 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from sparqle_stream.hypotheses import (
+    AHEAD,
+    BEGAN,
+    BEGINS,
+    BLANK_MASS,
+    ENDS,
+    HIST,
+    LAST,
+    MOVED,
+    NEVER,
+    NODE,
+    PAST,
+    PIECE_MASS,
+    SOURCE,
+    Hypotheses,
+    joined,
+)
 from sparqle_stream.lexicon import UNKNOWN
 from sparqle_stream.pieces import BLANK
 
@@ -24,16 +41,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sparqle_stream.config import BeamConfig
+    from sparqle_stream.hypotheses import Doubles, Ints
     from sparqle_stream.lexicon import Lexicon
 
-Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-NEVER = -math.inf
 MOST_KEPT = 16  # histories and spelled nodes for each place in the beam
-# Rows of _Hypotheses.
-HIST, NODE, BEGAN, MOVED, LAST, ENDS, SOURCE, BEGINS = range(8)
-BLANK_MASS, PIECE_MASS, PAST, AHEAD = range(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,46 +90,10 @@ class _Spelled:
     into: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
-class _Hypotheses(NamedTuple):
-    """Readings up to an open word, as columns."""
-
-    # (8, N): history, node, frames of the open word's first and last piece, last piece, whether a
-    # word may end here; what grew in this frame knows from which one, and whether by a new word.
-    ints: Ints
-    # (4, N): log mass that ends in blank and in the piece; scores of the language model for the
-    # history and, ahead, for the open word.
-    floats: Doubles
-
-    def where(self, kept: Bools | Ints) -> _Hypotheses:
-        return _Hypotheses(self.ints[:, kept], self.floats[:, kept])
-
-    def mass(self) -> Doubles:
-        """(N,) log mass of CTC."""
-        out: Doubles = np.logaddexp(self.floats[BLANK_MASS], self.floats[PIECE_MASS])
-        return out
-
-    def scores(self) -> Doubles:
-        """(N,) log mass with the language model."""
-        out: Doubles = self.mass() + (self.floats[PAST] + self.floats[AHEAD])
-        return out
-
-    def keys(self) -> Ints:
-        """(N,) history and node in one number."""
-        out: Ints = (self.ints[HIST] << 32) + self.ints[NODE]
-        return out
-
-
 def _sum(a: float, b: float) -> float:
     """log(e^a + e^b)"""
     low, high = (a, b) if a < b else (b, a)
     return high if low == NEVER else high + math.log1p(math.exp(low - high))
-
-
-def _joined(parts: list[_Hypotheses]) -> _Hypotheses:
-    if len(parts) == 1:
-        return parts[0]
-    ints = np.concatenate([p.ints for p in parts], axis=1)
-    return _Hypotheses(ints, np.concatenate([p.floats for p in parts], axis=1))
 
 
 class WordBeam:
@@ -135,7 +110,7 @@ class WordBeam:
         self._histories = [_History((), (UNKNOWN, UNKNOWN), 0.0)]
         self._after: dict[tuple[int, int], int] = {}  # (history, node) -> history with its word
         start = np.array([[0], [0], [0], [0], [BLANK], [1], [0], [0]], np.int64)
-        self._now = _Hypotheses(start, np.array([[0.0], [NEVER], [0.0], [0.0]]))
+        self._now = Hypotheses(start, np.array([[0.0], [NEVER], [0.0], [0.0]]))
 
     # --- hearing ---------------------------------------------------------------------------------
 
@@ -157,12 +132,12 @@ class WordBeam:
         total, floats, size = self._now.mass(), self._now.floats.copy(), self.cfg.size
         floats[BLANK_MASS] = total + lp[BLANK]
         floats[PIECE_MASS] += lp[self._now.ints[LAST]]
-        stay = _Hypotheses(self._now.ints, floats)
+        stay = Hypotheses(self._now.ints, floats)
         scores = stay.scores()
         limit = float(scores.max()) - self.cfg.width
         made = [*self._go_on(lp, total, limit), *self._begin(lp, total, limit)]
         if made:
-            grown = _joined(made)
+            grown = joined(made)
             reached = grown.scores()
             limit = max(limit, float(reached.max(initial=NEVER)) - self.cfg.width)
             likely = np.nonzero(reached > limit)[0]
@@ -172,7 +147,7 @@ class WordBeam:
         made += self._spell(lp, total, limit)
         after = stay.where(scores > limit)
         if made:
-            after = self._merged(after, _joined(made))
+            after = self._merged(after, joined(made))
         if after.ints.shape[1] > size:
             after = after.where(np.argpartition(-after.scores(), size)[:size])
         self._now = after
@@ -187,9 +162,9 @@ class WordBeam:
                 longer = self._spelled_node(longer, piece)
             broken.ints[NODE, i], broken.ints[ENDS, i] = longer, 1
             broken.floats[AHEAD, i] = -self._cost(self._spelled.texts[longer - self._n_nodes])
-        self._now = _joined([self._now, broken])
+        self._now = joined([self._now, broken])
 
-    def _go_on(self, lp: Doubles, total: Doubles, limit: float) -> list[_Hypotheses]:
+    def _go_on(self, lp: Doubles, total: Doubles, limit: float) -> list[Hypotheses]:
         """Words of the lexicon that are open, one piece longer."""
         (past, ahead), node = self._now.floats[PAST:], self._now.ints[NODE]
         # No piece is likelier than the likeliest, and no word below a node than its best.
@@ -208,7 +183,7 @@ class WordBeam:
         out.ints[BEGINS] = 0
         return [out]
 
-    def _begin(self, lp: Doubles, total: Doubles, limit: float) -> list[_Hypotheses]:
+    def _begin(self, lp: Doubles, total: Doubles, limit: float) -> list[Hypotheses]:
         """Words of the lexicon that begin after others."""
         gain = lp[self._root_pieces]
         likely = np.nonzero(gain > self.cfg.piece_floor)[0]
@@ -233,7 +208,7 @@ class WordBeam:
 
     def _reached(
         self, lp: Doubles, total: Doubles, limit: float, source: Ints, node: Ints, past: Doubles
-    ) -> _Hypotheses:
+    ) -> Hypotheses:
         """Those of hypotheses `source`, moved to `node`, that are likely; rows still to be set."""
         piece = self.lexicon.piece[node]
         gain = lp[piece]
@@ -248,9 +223,9 @@ class WordBeam:
         ints[MOVED] = self.n_frames
         floats[BLANK_MASS] = NEVER
         floats[PIECE_MASS], floats[PAST], floats[AHEAD] = mass[kept], past[kept], ahead[kept]
-        return _Hypotheses(ints, floats)
+        return Hypotheses(ints, floats)
 
-    def _merged(self, stay: _Hypotheses, grown: _Hypotheses) -> _Hypotheses:
+    def _merged(self, stay: Hypotheses, grown: Hypotheses) -> Hypotheses:
         """Both; those that are equal become one, with the times of the likelier way there."""
         at, into = np.nonzero(grown.keys()[:, None] == stay.keys())
         is_best = np.ones(grown.ints.shape[1], np.bool_)
@@ -264,9 +239,9 @@ class WordBeam:
             is_best[at], is_new[at] = better, False
         for source in set(grown.ints[SOURCE, is_best & (grown.ints[BEGINS] > 0)].tolist()):
             self._retime(source)
-        return _joined([stay, grown.where(is_new)])
+        return joined([stay, grown.where(is_new)])
 
-    def _spell(self, lp: Doubles, total: Doubles, limit: float) -> list[_Hypotheses]:
+    def _spell(self, lp: Doubles, total: Doubles, limit: float) -> list[Hypotheses]:
         """Words of no lexicon: begun after every word, gone on with by likely pieces."""
         likely = [p for p in np.nonzero(lp > self.cfg.spell_floor)[0].tolist() if p != BLANK]
         if not likely:
@@ -294,7 +269,7 @@ class WordBeam:
         if not found:
             return []
         columns = np.array([row for row, _ in found], np.int64).T
-        return [_Hypotheses(columns, np.array([row for _, row in found]).T)]
+        return [Hypotheses(columns, np.array([row for _, row in found]).T)]
 
     def _cost(self, text: str) -> float:
         """Of a word of no lexicon, spelled so far."""

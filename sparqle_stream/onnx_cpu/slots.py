@@ -10,7 +10,6 @@ over when something else is.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,7 @@ from sparqle_stream.onnx_cpu.memory import sparse_zeros
 from sparqle_stream.onnx_cpu.settings import PASS_ROWS, UNSEEN, places
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sparqle_stream.decode import Expect
     from sparqle_stream.onnx_cpu.model import OnnxModel
@@ -53,8 +52,8 @@ class Slots:
         self._waiting: list[list[Floats]] = [[] for _ in range(n_rows)]
         # Picks that were read ahead, in order, with the hidden state after each.
         self._ahead: list[list[tuple[list[int], Floats]]] = [[] for _ in range(n_rows)]
-        # What rows must not see before them: nothing, but for trees while they are read.
-        self._unseen = sparse_zeros((n_rows * PASS_ROWS * places(cfg.n_slot),), np.float32)
+        # Never written, so it takes no memory: without trees rows see all that is before them.
+        self._all_seen = sparse_zeros((n_rows * PASS_ROWS * places(cfg.n_slot),), np.float32)
         self._session = model.session("llm")
         self._binding = self._session.io_binding()
         for name, array in self.kv.items():
@@ -230,40 +229,38 @@ class Slots:
             spread[row, :n] = np.arange(at, at + n)
             pack[at : at + n] = row * spread.shape[1] + np.arange(n)
             at += n
-        position = self.length[:, None].astype(np.int64) + np.arange(spread.shape[1])
-        with self._branches(counts, position, trees) as unseen:
-            inputs = {
-                "x": x,
-                "spread": spread,
-                "pack": pack,
-                "last": last,
-                # An idle slot says what it has.
-                "n_total": np.maximum(self.length + counts, 1) - 1,
-                "n_new": counts,
-                "position": position,
-                "unseen": unseen,
-            }
-            for name, value in inputs.items():
-                self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
-            self._binding.bind_output("hidden")
-            self._session.run_with_iobinding(self._binding)
+        position, unseen = self._places(counts, trees)
+        inputs = {
+            "x": x,
+            "spread": spread,
+            "pack": pack,
+            "last": last,
+            # An idle slot says what it has.
+            "n_total": np.maximum(self.length + counts, 1) - 1,
+            "n_new": counts,
+            "position": position,
+            "unseen": unseen,
+        }
+        for name, value in inputs.items():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        self._binding.bind_output("hidden")
+        self._session.run_with_iobinding(self._binding)
         hidden: Floats = self._binding.get_outputs()[-1].numpy()  # bound last
         return hidden
 
-    @contextmanager
-    def _branches(
-        self, counts: npt.NDArray[np.int32], position: Ints, trees: Mapping[int, Tree]
-    ) -> Iterator[Floats]:
-        """What rows must not see (B, 1, S, N); nodes of a tree get the position of their depth."""
-        shape = (*position.shape, places(self.n_slot))
-        unseen = self._unseen[: math.prod(shape)].reshape(shape)
-        marked = []
+    def _places(
+        self, counts: npt.NDArray[np.int32], trees: Mapping[int, Tree]
+    ) -> tuple[Ints, Floats]:
+        """Positions (B, S) of rows, of a tree's nodes by their depth; what they must not see
+        (B, 1, S, N)."""
+        position = self.length[:, None].astype(np.int64) + np.arange(counts.max())
+        shape = (len(counts), 1, position.shape[1], places(self.n_slot))
+        if not trees:
+            return position, self._all_seen[: math.prod(shape)].reshape(shape)
+        unseen = np.zeros(shape, np.float32)
         for row, tree in trees.items():
             end, n = int(counts[row]), len(tree)
             first = int(self.length[row]) + end - n
             position[row, end - n : end] = first + np.array(tree.depths)
-            marked.append(unseen[row, end - n : end, first : first + n])
-            marked[-1][~tree.seen()] = UNSEEN
-        yield unseen[:, None]
-        for square in marked:
-            square[:] = 0.0
+            unseen[row, 0, end - n : end, first : first + n][~tree.seen()] = UNSEEN
+        return position, unseen

@@ -299,7 +299,8 @@ def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
     spread (B, S): row of x for each slot and place, M for none; pack (M): place in (B S) of each
     row of x; last (B'): rows of x whose final-normed hidden is wanted; n_total (B): rows of a slot,
     the new ones included, less one; n_new (B): new rows of a slot; position (B, S): in its text, of
-    each row; unseen (B, 1, S, N): added to a row's scores, of places before it or its own; k_i, v_i
+    each row; longest (1): L, places of the longest slot, the new ones included, and more than S;
+    unseen (B, 1, S, L): added to a row's scores, of places before it or its own; k_i, v_i
     (B, KV, N, d): slots, written in place where the caller binds k_out_i, v_out_i to the same
     memory. They and the matrices are int8 with `scales` of k_i and v_i (1, KV, 1, d), else float32.
     """
@@ -335,8 +336,7 @@ def _slot_attention(g: Graph, cfg: LlmConfig, scales: Weights | None) -> Callabl
     n_places = places(cfg.n_slot)
     n_total, n_new = g.input("n_total", INT32, ["B"]), g.input("n_new", INT32, ["B"])
     position = g.input("position", INT64, ["B", "S"])
-    unseen = g.input("unseen", FLOAT, ["B", 1, "S", n_places])
-    longest = g.const(np.array(n_places, np.int32))
+    longest, unseen = g.input("longest", INT32, [1]), g.input("unseen", FLOAT, ["B", 1, "S", "L"])
     rope = _rope(g, cfg, n_places)
     head: dict[str, int | str] = {"num_heads": cfg.n_heads, "kv_num_heads": cfg.n_kv_heads}
     head["do_rotary"] = 1

@@ -239,6 +239,7 @@ class Slots:
             "n_total": np.maximum(self.length + counts, 1) - 1,
             "n_new": counts,
             "position": position,
+            "longest": np.array([unseen.shape[3]], np.int32),
             "unseen": unseen,
         }
         for name, value in inputs.items():
@@ -252,9 +253,12 @@ class Slots:
         self, counts: npt.NDArray[np.int32], trees: Mapping[int, Tree]
     ) -> tuple[Ints, Floats]:
         """Positions (B, S) of rows, of a tree's nodes by their depth; what they must not see
-        (B, 1, S, N)."""
-        position = self.length[:, None].astype(np.int64) + np.arange(counts.max())
-        shape = (len(counts), 1, position.shape[1], places(self.n_slot))
+        (B, 1, S, L)."""
+        n_most = int(counts.max())
+        position = self.length[:, None].astype(np.int64) + np.arange(n_most)
+        # The kernel takes a pass as long as the longest slot for a beginning of all of them.
+        longest = max(int((self.length + counts).max()), n_most + 1)
+        shape = (len(counts), 1, n_most, longest)
         if not trees:
             return position, self._all_seen[: math.prod(shape)].reshape(shape)
         unseen = np.zeros(shape, np.float32)

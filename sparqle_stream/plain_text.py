@@ -83,21 +83,24 @@ class Tree:
         return len(self.ids)
 
     def add(self, reading: list[int]) -> None:
-        path = [-1]
-        for token in reading[:-1]:
-            known = self._nodes.get((path[-1], token))
-            path.append(self._grow(path[-1], token) if known is None else known)
+        path = self._known(reading)
+        for token in reading[len(path) - 1 : -1]:
+            path.append(self._grow(path[-1], token))
         self.readings.append(reading)
         self.before.append(path[: len(reading)])
 
     def n_new(self, reading: list[int]) -> int:
         """How many nodes it would add."""
-        at = -1
-        for n, token in enumerate(reading[:-1]):
-            if (at, token) not in self._nodes:
-                return len(reading) - 1 - n
-            at = self._nodes[at, token]
-        return 0
+        return len(reading[:-1]) + 1 - len(self._known(reading))
+
+    def _known(self, reading: list[int]) -> list[int]:
+        """-1 and the nodes that it begins with."""
+        path = [-1]
+        for token in reading[:-1]:
+            if (path[-1], token) not in self._nodes:
+                break
+            path.append(self._nodes[path[-1], token])
+        return path
 
     def _grow(self, parent: int, token: int) -> int:
         node = self._nodes[parent, token] = len(self.ids)

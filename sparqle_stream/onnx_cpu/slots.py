@@ -139,9 +139,7 @@ class Slots:
     def take(self, rows: Iterable[int]) -> dict[int, Floats]:
         """What waits in some rows, and in those where much does, and fits into one pass; all before
         that is read."""
-        late = (
-            row for row, waiting in enumerate(self._waiting) if sum(map(len, waiting)) > PATIENCE
-        )
+        late = (row for row in range(len(self._waiting)) if self.n_waiting(row) > PATIENCE)
         asked = [row for row in dict.fromkeys([*rows, *late]) if self._waiting[row]]
         new = {row: np.concatenate(self._waiting[row]) for row in asked}
         self._check_room(new)

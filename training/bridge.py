@@ -23,7 +23,7 @@ from sparqle_stream.torch_model import load_llm
 from sparqle_stream.weights import load_into, merge_lora, part, read_safetensors
 from training.data import AugmentConfig
 from training.hearing import load_ear
-from training.lora import LORA_SCALE, adapter_weights, attach
+from training.lora import LORA_SCALE, adapter_weights, attach, load_adapters
 from training.settings import read_config
 from training.sources import Source  # noqa: TC001 - the config's types are looked up
 
@@ -169,7 +169,7 @@ class Bridge(torch.nn.Module):
             )
         adapters = attach(self.llm, rank)
         if lora:
-            self._load_adapters(adapters, start)
+            load_adapters(adapters, start)
         return adapters
 
     @torch.no_grad()
@@ -215,13 +215,7 @@ class Bridge(torch.nn.Module):
         self.stop.load_state_dict(part(weights, "stop"))
         if self.update == "full":
             self.llm.load_state_dict(part(weights, "llm"), strict=False)  # but for its stop head
-        self._load_adapters(self.adapters, weights)
-
-    @staticmethod
-    def _load_adapters(adapters: dict[str, LoraLinear], weights: dict[str, Tensor]) -> None:
-        for name, adapter in adapters.items():
-            adapter.a.data.copy_(weights[f"lora.{name}.a"])
-            adapter.b.data.copy_(weights[f"lora.{name}.b"])
+        load_adapters(self.adapters, weights)
 
 
 def own_weights(llm: Llm) -> dict[str, Tensor]:

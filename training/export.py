@@ -91,17 +91,22 @@ def export(
 
 def add_text(folder: Path, text: Path) -> None:
     """Puts `text`, what training.prefix made, into a model folder's bridge.safetensors, in place of
-    an older prefix. Other tensors stay as they are; config.json gets the new hash.
+    an older prefix and, if it has them, of the LLM's adapters. Other tensors stay as they are;
+    config.json gets the new hash.
 
     Raises ModelError for files that cannot be read, or a `text` that holds something else.
     """
     prefix, bridge = read_safetensors(text), folder / "bridge.safetensors"
-    if prefix.keys() != set(PREFIX):
+    if {name for name in prefix if not name.startswith("lora.")} != set(PREFIX):
         raise ModelError(
             f"{text} is no prefix: it has {', '.join(sorted(prefix)[:3]) or 'nothing'}",
             hint="give prefix.safetensors of training.prefix",
         )
     rest = {k: v for k, v in read_safetensors(bridge).items() if not k.startswith("text.")}
+    if unknown := {name for name in prefix if name.startswith("lora.")} - rest.keys():
+        raise ModelError(
+            f"{bridge} has no {min(unknown)}", hint="give the bridge that the adapters are of"
+        )
     # Beside it, then renamed: the tensors that are written may be a memory map of the old file.
     whole = folder / "bridge.tmp"
     save_file(rest | prefix, whole)

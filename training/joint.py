@@ -179,6 +179,8 @@ class Trainer(Run):
             delays.append(delay)
             n_queries = frames.shape[1] // FRAMES_PER_QUERY
             rows.append(self.make_row(words, n_queries, chunk, delay, task))
+        if not rows:  # nothing that anybody knows for sure
+            return frames.new_zeros(0, 0, bridge.llm.cfg.width), []
         told = torch.tensor(delays, device=frames.device)
         with self.place.autocast():
             queries = bridge.qformer.forward_train(
@@ -250,9 +252,10 @@ class Trainer(Run):
         loss = text + cfg.stop_weight * stop
         return loss, values | {"rows": len(rows), "is_text": is_text}
 
-    def losses(self, queries: Tensor, rows: list[Row]) -> tuple[Tensor, Tensor, float]:
-        """Cross-entropy of the text, of the stop decisions, and the share of tokens right."""
-        bridge, rng = self.bridge, self.rng
+    def embed_rows(self, queries: Tensor, rows: list[Row]) -> Tensor:
+        """What the LLM reads of rows whose queries are (B, Q, E), padded on the right: (B, N, E);
+        some tokens are others than were written."""
+        llm, rng = self.bridge.llm, self.rng
         # Few different shapes: memory that is kept for each new one grew to 12 GB in 200 steps.
         longest = -(-max(len(row.items) for row in rows) // 32) * 32
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -263,14 +266,19 @@ class Trainer(Run):
                 if kind == "q":
                     query_at[i, j], is_query[i, j] = value, True
                 elif rng.random() < self.cfg.corrupt_tokens and j > 3:
-                    ids[i, j] = rng.randrange(100, bridge.llm.cfg.vocab)
+                    ids[i, j] = rng.randrange(100, llm.cfg.vocab)
                 else:
                     ids[i, j] = value
         device = queries.device
         index = query_at.to(device)[:, :, None].expand(-1, -1, queries.shape[2])
-        text_embeds = bridge.llm.embed(ids.to(device))
+        text_embeds = llm.embed(ids.to(device))
         asked = queries.to(text_embeds.dtype).gather(1, index)
-        embeds = torch.where(is_query.to(device), asked, text_embeds)
+        return torch.where(is_query.to(device), asked, text_embeds)
+
+    def losses(self, queries: Tensor, rows: list[Row]) -> tuple[Tensor, Tensor, float]:
+        """Cross-entropy of the text, of the stop decisions, and the share of tokens right."""
+        bridge, embeds = self.bridge, self.embed_rows(queries, rows)
+        longest, device = embeds.shape[1], embeds.device
         with self.place.autocast():
             hidden = bridge.llm.forward_train(embeds)
         flat = hidden.flatten(0, 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from sparqle_stream.llm import Llm
 
 LORA_SCALE = 2.0  # stored beside the weights by export
@@ -51,3 +54,21 @@ def adapter_weights(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
         out[f"lora.{name}.a"] = adapter.a.detach()
         out[f"lora.{name}.b"] = adapter.b.detach()
     return out
+
+
+def load_adapters(adapters: dict[str, LoraLinear], weights: Mapping[str, Tensor]) -> None:
+    """Takes what `adapter_weights` gave."""
+    for name, adapter in adapters.items():
+        adapter.a.data.copy_(weights[f"lora.{name}.a"])
+        adapter.b.data.copy_(weights[f"lora.{name}.b"])
+
+
+@contextmanager
+def lent(adapters: dict[str, LoraLinear], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The adapters have other weights for a while."""
+    own = {name: weight.clone() for name, weight in adapter_weights(adapters).items()}
+    load_adapters(adapters, weights)
+    try:
+        yield
+    finally:
+        load_adapters(adapters, own)

@@ -1,10 +1,11 @@
-"""Prefix tuning: the frozen LLM learns to judge speech as plain text (Li and Liang, 2021).
+"""Prefix tuning: the LLM learns to judge speech as plain text (Li and Liang, 2021).
 
 Trained are K and V of P places that stand before the text in every layer, and a bias for each token
-of the spoken vocabulary. Everything else stays as it is, the bridge's adapters merged into it. The
-loss is that of the next token among the spoken vocabulary alone. A row is a piece of sentences that
-stand one after another, each of them the beginning and then " " + spoken(sentence). At first the
-places are K and V of P tokens of the texts, as the LLM reads them.
+of the spoken vocabulary. The LLM stays as it is, the bridge's adapters merged into it; or these
+learn too, and pay for what changes in captions (`[captions]`, training.captions). The loss is that
+of the next token among the spoken vocabulary alone. A row is a piece of sentences that stand one
+after another, each of them the beginning and then " " + spoken(sentence). At first the places are
+K and V of P tokens of the texts, as the LLM reads them, or those of an older prefix.
 
 The spoken vocabulary: all tokens of the first 100 000 sentences of each text and of all dev texts,
 those that single letters are written with, and the beginning, which says that a sentence is over.
@@ -12,7 +13,8 @@ Other tokens are read in the texts that are trained on, but not asked for.
 
 `python -m training.prefix CONFIG.toml --work DIR [--resume]` makes prefix.safetensors, which is
 `--text` of training.export: text.k and text.v (L, KV, P, d) in bf16, keys rotated, so that text
-begins at position P; text.ids (U,) int32, the sorted vocabulary; text.bias (U,) float32.
+begins at position P; text.ids (U,) int32, the sorted vocabulary; text.bias (U,) float32; and, if
+they learned, the adapters (lora.*), which are the bridge's from then on.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from __future__ import annotations
 import math
 import random
 import string
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -33,12 +36,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sparqle_stream.artifacts import DEFAULT_LLM
 from sparqle_stream.errors import ConfigError
+from sparqle_stream.judge import TextPrefix
 from sparqle_stream.llm import Llm, rope_table
 from sparqle_stream.torch_model import load_llm
 from sparqle_stream.weights import load_into, merge_lora, part, read_safetensors
+from training import joint
+from training.bridge import load_config as load_joint
+from training.captions import CaptionsConfig, change, hear_captions
 from training.corpus import Pack
 from training.loop import Run, main
-from training.lora import LORA_SCALE
+from training.lora import LORA_SCALE, adapter_weights, lent, load_adapters
 from training.place import HERE, Place, find_place
 from training.settings import read_config
 from training.sources import SHARE_SEED, Feed
@@ -48,11 +55,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from sparqle_stream.tokenizer import TextTokenizer
+    from training.captions import Caption
     from training.data import StreamSampler
+    from training.lora import LoraLinear
 
 COUNTED = 100_000  # sentences of each text whose tokens make the spoken vocabulary
 DEV_ROWS = 32  # sentences of about the same length that are scored together
 NOT_SPOKEN = -100  # number of a token outside the spoken vocabulary: no target
+NEW_BIAS = -1.0  # of a token that the spoken vocabulary of `init` did not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,7 @@ class PrefixConfig:
     bridge: str = ""  # bridge.safetensors whose adapters the LLM will have; none: the plain LLM
     lora_scale: float = LORA_SCALE
     llm: str = DEFAULT_LLM
-    n_places: int = 64
+    n_places: int = 64  # of a prefix without `init`
     steps: int = 600
     rows: int = 16
     row_length: int = 128  # tokens
@@ -82,6 +92,8 @@ class PrefixConfig:
     seed: int = 0
     bf16: bool | None = None  # None: where it is faster, which it is not on a CPU without AMX
     accumulate: int = 1  # shares of a batch, of `rows` each
+    init: str = ""  # prefix.safetensors to go on from
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
 
     def __post_init__(self) -> None:
         if not self.texts:
@@ -224,33 +236,66 @@ class Trainer(Run):
         self.cfg = cfg
         self.texts = [read_sentences(text) for text in cfg.texts]
         self.dev = {dev_name(text): read_sentences(text) for text in cfg.dev}
-        llm, self.tokenizer = load_merged(cfg)
-        self.llm = llm.to(place.device, torch.bfloat16 if place.bf16 else torch.float32)
+        self._take_llm()
         counted = [islice(text, COUNTED) for text in self.texts]
         sentences = (one for text in (*counted, *self.dev.values()) for one in text)
         self.ids = spoken_vocabulary(self.tokenizer, sentences)
-        self.number = torch.full((llm.cfg.vocab,), NOT_SPOKEN)  # of a token in the vocabulary
+        self.number = torch.full((self.llm.cfg.vocab,), NOT_SPOKEN)  # of a token in the vocabulary
         self.number[self.ids] = torch.arange(len(self.ids))
+        llm = self.llm
         head = cast("nn.Linear | nn.Embedding", llm.tokens if llm.head is None else llm.head)
         self.head = head.weight[self.ids.to(place.device)]  # (U, E)
-        first = torch.tensor(self.draw(cfg.n_places, random.Random(cfg.seed)))
-        k, v = places_of(llm, first.to(place.device))
-        self.prefix = Prefix(k, v, len(self.ids)).to(place.device)
-        learned = list(self.prefix.parameters())
-        self.ready([{"params": learned, "peak": cfg.lr, "weight_decay": 0.0}])
+        self.prefix = self._begin().to(place.device)
+        groups = [{"params": list(self.prefix.parameters()), "peak": cfg.lr}]
+        if self.adapters:
+            learned = [p for adapter in self.adapters.values() for p in (adapter.a, adapter.b)]
+            groups.append({"params": learned, "peak": cfg.captions.lr})
+        self.ready([group | {"weight_decay": 0.0} for group in groups])
+
+    def _take_llm(self) -> None:
+        """The LLM, frozen but for adapters that learn too, and captions that these shall keep."""
+        cfg, place = self.cfg, self.place
+        self.adapters: dict[str, LoraLinear] = {}
+        self.captions: list[Caption] = []
+        if not cfg.captions.joint:
+            llm, self.tokenizer = load_merged(cfg)
+            self.llm = llm.to(place.device, torch.bfloat16 if place.bf16 else torch.float32)
+            return
+        teacher = joint.Trainer(load_joint(Path(cfg.captions.joint)), place)
+        bridge = teacher.bridge
+        if not bridge.adapters:
+            raise ConfigError(
+                f"{cfg.captions.joint} has no adapters that could learn", hint='update = "lora"'
+            )
+        self.llm, self.tokenizer, self.adapters = bridge.llm, bridge.tokenizer, bridge.adapters
+        self.captions = hear_captions(teacher, cfg.captions.rows)
+
+    def _begin(self) -> Prefix:
+        """The prefix of the config, or one of tokens of the texts."""
+        cfg, n_spoken = self.cfg, len(self.ids)
+        if not cfg.init:
+            first = torch.tensor(self.draw(cfg.n_places, random.Random(cfg.seed)))
+            return Prefix(*places_of(self.llm, first.to(self.place.device)), n_spoken)
+        before = TextPrefix.of(part(read_safetensors(Path(cfg.init)), "text"), self.llm.cfg)
+        if before is None:
+            raise ConfigError(f"{cfg.init} is no prefix", hint="give one of training.prefix")
+        found, is_known = Prefix(before.k, before.v, n_spoken), torch.isin(self.ids, before.ids)
+        found.bias.data = before.bias[self.ids].where(is_known, NEW_BIAS)
+        return found
 
     def weights(self) -> dict[str, Tensor]:
-        return {f"text.{name}": p.detach() for name, p in self.prefix.named_parameters()}
+        prefix = {f"text.{name}": p.detach() for name, p in self.prefix.named_parameters()}
+        return prefix | adapter_weights(self.adapters)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         load_into(self.prefix, part(weights, "text"))
+        load_adapters(self.adapters, weights)
 
     def save(self, work: Path) -> None:
         """As every run; the averaged prefix as the engine reads it, with its vocabulary."""
         super().save(work)
         stored = {name: weight.cpu().contiguous() for name, weight in self.average.items()}
-        for name in ("text.k", "text.v"):
-            stored[name] = stored[name].bfloat16()
+        stored = {k: v if k == "text.bias" else v.bfloat16() for k, v in stored.items()}
         save_file(stored | {"text.ids": self.ids.int()}, work / self.result)
 
     def make_feed(self, share: int) -> Feed:
@@ -287,7 +332,11 @@ class Trainer(Run):
         n_asked = (targets != NOT_SPOKEN).sum().clamp(min=1).item()
         learned = dict(self.prefix.named_parameters())
         loss = self.nats(learned, rows[:, :-1], targets) / n_asked
-        return loss, {"loss": loss.item(), "rows": cfg.rows}
+        values = {"loss": loss.item(), "rows": cfg.rows}
+        if self.captions and self.step % cfg.captions.every == 0:
+            changed = change(self.llm, self.rng.sample(self.captions, cfg.captions.together))
+            return loss + cfg.captions.weight * changed, values | {"changed": changed.item()}
+        return loss, values
 
     def train_step(self) -> dict[str, float]:
         self.seed()
@@ -299,17 +348,22 @@ class Trainer(Run):
 
     @torch.no_grad()
     def perplexity(self, sentences: Sequence[str]) -> float:
-        """Of the averaged prefix, a word: exp(nats of all tokens / words)."""
-        prefix, bos = part(self.average, "text"), self.tokenizer.bos_id
+        """Of the averaged weights, a word: exp(nats of all tokens / words)."""
+        with lent(self.adapters, self.average) if self.adapters else nullcontext():
+            total = self._total(sentences)
+        a_word = total / sum(len(sentence.split()) for sentence in sentences)
+        return math.exp(min(a_word, 100.0))  # a float holds no more than exp(709)
+
+    def _total(self, sentences: Sequence[str]) -> float:
+        """Nats of all tokens, with the averaged prefix."""
+        prefix, bos, total = part(self.average, "text"), self.tokenizer.bos_id, 0.0
         rows = sorted((torch.tensor(encode(self.tokenizer, s)) for s in sentences), key=len)
-        total = 0.0
         for i in range(0, len(rows), DEV_ROWS):
             some = rows[i : i + DEV_ROWS]
             ids = pad_sequence([row[:-1] for row in some], True, bos)
             targets = pad_sequence([self.number[row[1:]] for row in some], True, NOT_SPOKEN)
             total += self.nats(prefix, ids, targets).item()
-        a_word = total / sum(len(sentence.split()) for sentence in sentences)
-        return math.exp(min(a_word, 100.0))  # a float holds no more than exp(709)
+        return total
 
 
 def load_config(path: Path) -> PrefixConfig:

@@ -1,7 +1,8 @@
-"""Prepare data: `python -m training.prepare pack|text|synth|pieces|whisper`.
+"""Prepare data: `python -m training.prepare pack|text|passages|synth|pieces|whisper`.
 
 pack   manifests with audio files, ours or lhotse's -> a pack (see training.corpus)
 text   books (.xhtml, .html, .txt) -> one sentence a line
+passages  books -> one passage a line, cut as readers cut it
 synth  sentences -> a pack of synthetic speech
 pieces sentences and transcripts -> the CTC head's vocabulary
 whisper  OpenAI's Whisper encoder -> starting weights under our names
@@ -10,6 +11,7 @@ whisper  OpenAI's Whisper encoder -> starting weights under our names
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -17,9 +19,10 @@ from tqdm import tqdm
 
 from sparqle_stream.weights import import_whisper
 from training import manifests
+from training.books import Shared, passages_of, sentences_of
 from training.corpus import Pack, PackWriter, after, decode_all
 from training.errors import reported
-from training.synth import sentences_of, speak
+from training.synth import speak
 from training.text import is_spelled_out, train_pieces
 
 FACTS = ("id", "text", "speaker", "corpus", "licence")
@@ -36,9 +39,21 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def text(args: argparse.Namespace) -> None:
-    found = {s for path in args.files for s in sentences_of(path.read_text(errors="ignore"))}
+    shared, found = Shared.of(args.without), set[str]()
+    for path in tqdm(args.files, "text", unit="book"):
+        found |= {s for s in sentences_of(path.read_text(errors="ignore")) if s not in shared}
     args.out.write_text("\n".join(sorted(found)) + "\n")
     print(f"{len(found)} sentences -> {args.out}")
+
+
+def passages(args: argparse.Namespace) -> None:
+    shared, rng, found = Shared.of(args.without), random.Random(args.seed), list[str]()
+    for path in tqdm(args.files, "passages", unit="book"):
+        made = passages_of(path.read_text(errors="ignore"), rng)
+        found += [passage for passage in made if passage not in shared]
+    rng.shuffle(found)
+    args.out.write_text("\n".join(found) + "\n")
+    print(f"{len(found)} passages -> {args.out}")
 
 
 def synth(args: argparse.Namespace) -> None:
@@ -74,10 +89,19 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--resume", action="store_true", help="go on where it was killed")
     one.set_defaults(run=pack)
-    one = commands.add_parser("text", help="books to sentences")
-    one.add_argument("out", type=Path)
-    one.add_argument("files", type=Path, nargs="+")
-    one.set_defaults(run=text)
+    for name, run in (("text", text), ("passages", passages)):
+        one = commands.add_parser(name, help="books to sentences, or to what readers make of them")
+        one.add_argument("out", type=Path)
+        one.add_argument("files", type=Path, nargs="+")
+        one.add_argument(
+            "--without",
+            type=Path,
+            nargs="*",
+            default=[],
+            help="manifests or texts; what shares six words in a row with them is left out",
+        )
+        one.add_argument("--seed", type=int, default=0, help="of where passages end")
+        one.set_defaults(run=run)
     one = commands.add_parser("synth", help="speak sentences")
     one.add_argument("out", type=Path)
     one.add_argument("--text", type=Path, required=True)

@@ -7,11 +7,9 @@ flite, espeak-ng and festival (Debian packages) are called as programs, those th
 from __future__ import annotations
 
 import random
-import re
 import shutil
 import subprocess
 import tempfile
-from html.parser import HTMLParser
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,43 +23,6 @@ ESPEAK_VOICES = tuple(
     for variant in ("m1", "m3", "m7", "f2", "f4", "f5")
 )
 FESTIVAL_VOICES = ("cmu_us_slt_arctic_hts", "kal_diphone", "ked_diphone")
-
-
-INLINE_TAGS = frozenset(
-    ["a", "abbr", "b", "big", "cite", "em", "i", "small", "span", "strong", "u"]
-)
-BREAK = "\f"  # where a heading, a paragraph or a cell ends, a sentence does
-
-
-class _Text(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-
-    def handle_data(self, data: str) -> None:
-        self.parts.append(data)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in INLINE_TAGS:
-            self.parts.append(" " if tag == "br" else BREAK)
-
-    def handle_endtag(self, tag: str) -> None:
-        self.handle_starttag(tag, [])
-
-
-def sentences_of(html_or_text: str, low: int = 4, high: int = 28) -> list[str]:
-    """Sentences of `low`..`high` words that hold letters, commas and full stops only."""
-    parser = _Text()
-    parser.feed(html_or_text)
-    text = re.sub(r"[^\S\f]+", " ", "".join(parser.parts))
-    text = re.sub(r" ?(?:—|--) ?", ", ", text.replace("’", "'"))
-    out = []
-    for raw in re.split(r"(?<=[.!?;:])\s+|\f", text):
-        sentence = raw.strip(" \"“”‘'")
-        plain = bool(re.fullmatch(r"[A-Za-z][A-Za-z ,.'!?;:-]+", sentence))
-        if plain and low <= len(sentence.split()) <= high and not sentence.isupper():
-            out.append(sentence)
-    return out
 
 
 def command_for(voice: str, text: str, out: Path, rng: random.Random) -> list[str]:

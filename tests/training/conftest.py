@@ -19,7 +19,7 @@ from training.text import train_pieces
 
 TEXTS = ["so it is told", "told so", "it is so", "is it told so"]
 TINY_LLM = LlmConfig(
-    width=32, n_layers=2, n_heads=4, n_kv_heads=2, head_width=8, ffn=64, vocab=300, n_slot=64
+    width=32, n_layers=2, n_heads=4, n_kv_heads=2, head_width=8, ffn=64, vocab=300, n_slot=256
 )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sparqle_stream.config import LlmConfig
 from sparqle_stream.llm import Llm
-from training.lora import TARGETS, adapter_weights, attach
+from training.lora import TARGETS, adapter_weights, attach, lent
 
 CFG = LlmConfig(
     width=16, n_layers=2, n_heads=4, n_kv_heads=2, head_width=4, ffn=24, vocab=30, n_slot=32
@@ -70,3 +70,18 @@ def test_merging_equals_the_adapter(llm):
             weight += SCALE * stored[f"{key}.b"] @ stored[f"{key}.a"]
     expected = merged.forward_train(embeds())
     torch.testing.assert_close(llm.forward_train(embeds()), expected, atol=1e-5, rtol=0)
+
+
+def test_lent_weights_go_back(llm):
+    adapters = attach(llm, RANK, SCALE)
+    before, own = llm.forward_train(embeds()), adapter_weights(adapters)
+    others = {name: weight + 0.1 for name, weight in own.items()}
+
+    def interrupted():
+        with lent(adapters, others):
+            assert not torch.equal(llm.forward_train(embeds()), before)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert torch.equal(llm.forward_train(embeds()), before)

@@ -1,4 +1,4 @@
-"""synth.py: sentences out of books, and programs that speak them."""
+"""synth.py: programs that speak sentences."""
 
 from __future__ import annotations
 
@@ -12,27 +12,6 @@ import pytest
 
 from training import synth
 from training.corpus import Pack
-
-PAGE = """<html><body><h1>CHAPTER I</h1>
-<p>It was a bright cold day&nbsp;in April, and the clocks were striking. "Who's there?" he
-asked. He listened -- and nobody answered him; it&#8217;s the wind.</p>
-<p>In 1984 there were 3 of them here. Yes. THIS IS ALL IN CAPITALS HERE.</p>
-<p><span>O</span>nce more<br/>the <i>wind</i> rose. We never (to be honest) liked them.
-The café was closed that day.</p></body></html>"""
-
-
-def test_sentences_of_a_page():
-    """Whole sentences of plain words: no headings, digits, quotes, accents or shouting."""
-    assert synth.sentences_of(PAGE) == [
-        "It was a bright cold day in April, and the clocks were striking.",
-        "He listened, and nobody answered him;",
-        "Once more the wind rose.",
-    ]
-
-
-def test_sentences_have_the_length_that_was_asked_for():
-    text = "One two three. One two three four. One two three four five six."
-    assert synth.sentences_of(text, low=3, high=4) == ["One two three.", "One two three four."]
 
 
 @pytest.mark.parametrize(

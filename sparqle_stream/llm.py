@@ -59,13 +59,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.device.type != "cpu" or q.shape[2] > 1024:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    b, n_kv, t, d = k.shape
-    n_groups = q.shape[1] // n_kv
-    bias = torch.full((t, t), -torch.inf, dtype=q.dtype).triu(1).repeat(n_groups, 1)
-    packed = q.reshape(b * n_kv, n_groups * t, d)  # the heads that share k lie behind each other
-    keys, values = k.reshape(b * n_kv, t, d), v.reshape(b * n_kv, t, d)
-    p = torch.baddbmm(bias, packed, keys.transpose(1, 2), alpha=d**-0.5).softmax(dim=-1)
-    return torch.bmm(p, values).view(b, n_kv * n_groups, t, d)
+    mask = torch.full((q.shape[2], q.shape[2]), -torch.inf, dtype=q.dtype).triu(1)
+    return masked_attention(q, k, v, mask.repeat(q.shape[1] // k.shape[1], 1))
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Grouped-query attention with G heads a key, as plain products: q (B, G KV, T, d), k and v
+    (B, KV, N, d), mask (G T, N) of 0 and -inf -> (B, G KV, T, d)."""
+    n_rows, n_kv, _, d = k.shape
+    packed = q.reshape(n_rows * n_kv, -1, d)  # the heads that share k lie behind each other
+    keys, values = k.flatten(0, 1), v.flatten(0, 1)
+    p = torch.baddbmm(mask, packed, keys.transpose(1, 2), alpha=d**-0.5).softmax(dim=-1)
+    return torch.bmm(p, values).view(q.shape)
 
 
 class RmsNorm(nn.Module):

@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sparqle_stream.artifacts import DEFAULT_LLM
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.judge import TextPrefix
-from sparqle_stream.llm import Llm, rope_table
+from sparqle_stream.llm import Llm, masked_attention, rope_table
 from sparqle_stream.torch_model import load_llm
 from sparqle_stream.weights import load_into, merge_lora, part, read_safetensors
 from training import joint
@@ -168,19 +168,6 @@ def load_merged(cfg: PrefixConfig) -> tuple[Llm, TextTokenizer]:
 # --- the LLM behind a prefix ---------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention with G heads a key: q (B, G KV, T, d), k and v (B, KV, N, d), mask
-    (G T, N) of 0 and -inf -> (B, G KV, T, d).
-
-    Plain products, as in `llm.causal_attention`: on a CPU their backward is the faster one.
-    """
-    n_rows, n_kv, _, d = k.shape
-    packed = q.reshape(n_rows * n_kv, -1, d)  # the heads that share k lie behind each other
-    keys, values = k.flatten(0, 1), v.flatten(0, 1)
-    p = torch.baddbmm(mask, packed, keys.transpose(1, 2), alpha=d**-0.5).softmax(dim=-1)
-    return torch.bmm(p, values).view(q.shape)
-
-
 def read(llm: Llm, ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Token ids (B, T) behind P places, k (rotated) and v (L, KV, P, d); P may be 0.
 
@@ -199,7 +186,7 @@ def read(llm: Llm, ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[tupl
         q, k_own, v_own = layer.attn.project(layer.attn_norm(x), cos, sin)
         own.append((k_own, v_own))
         keys, values = torch.cat([k_before, k_own], dim=2), torch.cat([v_before, v_own], dim=2)
-        x = layer.feed_forward(x + layer.attn.merge(attend(q, keys, values, mask)))
+        x = layer.feed_forward(x + layer.attn.merge(masked_attention(q, keys, values, mask)))
     return llm.norm(x), own
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A folder of compressed speech -> an ear and a bridge, on one GPU, in calls of a few minutes each:
-# decodes, aligns, distils, adapts, scores, trains the bridge. The next call goes on where the last one stopped.
+# decodes, aligns, distils, adapts, scores, trains the bridge and the judge. The next call goes on where the last one
+# stopped.
 #
 #   training/on_gpu.sh FOLDER [MINUTES]     (default 9)
 #
@@ -10,6 +11,7 @@
 # FOLDER/distill.toml                  optional: training.distill -> FOLDER/distill
 # FOLDER/adapt.toml                    training.adapt -> FOLDER/adapt/ear.safetensors
 # FOLDER/joint.toml                    optional: training.joint -> FOLDER/joint/bridge.safetensors
+# FOLDER/prefix.toml                   optional: training.prefix -> FOLDER/prefix/prefix.safetensors
 # FOLDER/score/NAME/manifest.jsonl     optional: word error rates of greedy CTC into FOLDER/score.jsonl
 #
 # Paths in the configs are relative to FOLDER. A stage that has ended leaves STAGE.done behind; remove it
@@ -80,4 +82,6 @@ if [[ -d score && ! -e score.done ]]; then
 fi
 [[ -e joint.toml ]] && stage joint \
   "$python" -m training.joint joint.toml --work joint --resume --device "$device"
+[[ -e prefix.toml ]] && stage prefix \
+  "$python" -m training.prefix prefix.toml --work prefix --resume --device "$device"
 exit 0

@@ -26,7 +26,7 @@ def folder(tmp_path):
     for name in ("sources/a", "sources/b", "score/dev"):
         (work / name).mkdir(parents=True)
         (work / name / "manifest.jsonl").touch()
-    for name in ("adapt.toml", "joint.toml", "ear.safetensors"):
+    for name in ("adapt.toml", "joint.toml", "prefix.toml", "ear.safetensors"):
         (work / name).touch()
     python = tmp_path / "python"
     python.write_text(STAND_IN)
@@ -54,7 +54,7 @@ def test_all_stages_run_once_and_in_order(folder):
     status, said, _ = run(folder)
     assert status == 0
     assert said[:3] == ["prepare", "prepare", "prepare"]
-    assert said[3:] == ["align", "align", "adapt", "evaluate", "joint"]
+    assert said[3:] == ["align", "align", "adapt", "evaluate", "joint", "prefix"]
     assert (folder / "score.jsonl").read_text() == '{"wer": 1}\n'
     assert run(folder)[:2] == (0, ["align", "align"])  # which has nothing left to do
 
@@ -70,7 +70,7 @@ def test_without_time_no_stage_is_begun_and_the_next_call_begins_it(folder):
     status, said, _ = run(folder, minutes="0")
     assert (status, said[-1]) == (75, "align")
     assert not (folder / "adapt.done").exists()
-    assert run(folder)[1][-3:] == ["adapt", "evaluate", "joint"]
+    assert run(folder)[1][-4:] == ["adapt", "evaluate", "joint", "prefix"]
 
 
 def test_what_fails_is_told_and_ends_it(folder):

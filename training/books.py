@@ -11,6 +11,7 @@ import re
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
+from sparqle_stream.errors import ConfigError
 from training.text import spoken
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Shared:
     def of(cls, files: Iterable[Path]) -> Shared:
         """Of manifests (.jsonl, with `text`) and of files with a sentence a line.
 
-        Raises OSError, ValueError for a manifest that is none.
+        Raises OSError, ConfigError for what is neither.
         """
         return cls(text for path in files for text in _texts(path))
 
@@ -108,7 +109,13 @@ def _in_a_row(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _texts(path: Path) -> list[str]:
-    lines = path.read_text().splitlines()
-    if path.suffix != ".jsonl":
-        return lines
-    return [str(json.loads(line)["text"]) for line in lines if line.strip()]
+    try:
+        lines = path.read_text().splitlines()
+        if path.suffix != ".jsonl":
+            return lines
+        return [str(json.loads(line)["text"]) for line in lines if line.strip()]
+    except (ValueError, KeyError, TypeError) as err:
+        raise ConfigError(
+            f"{path} has no texts to leave out: {err}",
+            hint="a manifest with `text` in each line, or a sentence a line",
+        ) from err

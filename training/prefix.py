@@ -93,11 +93,15 @@ class PrefixConfig:
     bf16: bool | None = None  # None: where it is faster, which it is not on a CPU without AMX
     accumulate: int = 1  # shares of a batch, of `rows` each
     init: str = ""  # prefix.safetensors to go on from
-    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)  # its joint's LLM, if any
 
     def __post_init__(self) -> None:
         if not self.texts:
             raise ConfigError("there are no texts", hint="give [[texts]] in the config")
+        if self.bridge and self.captions.joint:
+            raise ConfigError(
+                "both bridge and captions.joint say where adapters are", hint="leave bridge out"
+            )
         for name in ("n_places", "rows", "row_length", "dev_every", "warmup"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}", hint="1 or more")

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from sparqle_stream.errors import ConfigError
 from training import books, prepare
 from training.books import LONGEST_PASSAGE, Shared, passages_of, sentences_of
 
@@ -73,6 +74,22 @@ def test_what_is_measured_on_is_known_by_six_words_or_by_all():
         assert text in shared
     for text in ("a b c d e x g", "so it is so", "b c d e f", "it is"):
         assert text not in shared
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("a.jsonl", b"{"),
+        ("a.jsonl", b'{"id": 1}'),
+        ("a.jsonl", b"[1]"),
+        ("a.txt", b"\xff\xfe"),
+    ],
+    ids=["cut", "textless", "list", "binary"],
+)
+def test_bad_texts_to_leave_out_are_told(tmp_path, name, held):
+    (tmp_path / name).write_bytes(held)
+    with pytest.raises(ConfigError, match="has no texts to leave out"):
+        Shared.of([tmp_path / name])
 
 
 @pytest.mark.parametrize("command", ["text", "passages"])

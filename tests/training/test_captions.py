@@ -179,6 +179,11 @@ def test_impossible_settings_are_told(changes):
         CaptionsConfig(**changes)
 
 
+def test_adapters_have_one_source(cfg):
+    with pytest.raises(ConfigError, match="both bridge and captions"):
+        replace(cfg, bridge="bridge.safetensors")
+
+
 def test_a_joint_config_without_adapters_is_told(cfg, joint_config):
     joint_config.write_text('update = "frozen"\n' + joint_config.read_text())
     with pytest.raises(ConfigError, match="no adapters that could learn"):

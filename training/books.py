@@ -6,12 +6,12 @@ sentence, and what stands in texts that something will be measured on by `Shared
 
 from __future__ import annotations
 
-import json
 import re
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
 from sparqle_stream.errors import ConfigError
+from training import manifests
 from training.text import spoken
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Shared:
 
     @classmethod
     def of(cls, files: Iterable[Path]) -> Shared:
-        """Of manifests (.jsonl, with `text`) and of files with a sentence a line.
+        """Of whatever `training.manifests` reads, and of files with a sentence a line.
 
         Raises OSError, ConfigError for what is neither.
         """
@@ -109,13 +109,11 @@ def _in_a_row(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _texts(path: Path) -> list[str]:
+    if path.is_dir() or ".jsonl" in path.name:
+        return [recording.text for recording in manifests.read(path)[1]]
     try:
-        lines = path.read_text().splitlines()
-        if path.suffix != ".jsonl":
-            return lines
-        return [str(json.loads(line)["text"]) for line in lines if line.strip()]
-    except (ValueError, KeyError, TypeError) as err:
+        return path.read_text().splitlines()
+    except ValueError as err:
         raise ConfigError(
-            f"{path} has no texts to leave out: {err}",
-            hint="a manifest with `text` in each line, or a sentence a line",
+            f"{path} has no texts to leave out: {err}", hint="a manifest, or a sentence a line"
         ) from err

@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 import random
 import string
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -340,7 +339,7 @@ class Trainer(Run):
     @torch.no_grad()
     def perplexity(self, sentences: Sequence[str]) -> float:
         """Of the averaged weights, a word: exp(nats of all tokens / words)."""
-        with lent(self.adapters, self.average) if self.adapters else nullcontext():
+        with lent(self.adapters, self.average):
             total = self._total(sentences)
         a_word = total / sum(len(sentence.split()) for sentence in sentences)
         return math.exp(min(a_word, 100.0))  # a float holds no more than exp(709)

@@ -89,8 +89,12 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--resume", action="store_true", help="go on where it was killed")
     one.set_defaults(run=pack)
-    for name, run in (("text", text), ("passages", passages)):
-        one = commands.add_parser(name, help="books to sentences, or to what readers make of them")
+    cut = {
+        "text": (text, "books to sentences"),
+        "passages": (passages, "books to passages, as readers cut them"),
+    }
+    for name, (run, about) in cut.items():
+        one = commands.add_parser(name, help=about)
         one.add_argument("out", type=Path)
         one.add_argument("files", type=Path, nargs="+")
         one.add_argument(
@@ -100,8 +104,8 @@ def parser() -> argparse.ArgumentParser:
             default=[],
             help="manifests or texts; what shares six words in a row with them is left out",
         )
-        one.add_argument("--seed", type=int, default=0, help="of where passages end")
         one.set_defaults(run=run)
+    one.add_argument("--seed", type=int, default=0, help="of where passages end")
     one = commands.add_parser("synth", help="speak sentences")
     one.add_argument("out", type=Path)
     one.add_argument("--text", type=Path, required=True)

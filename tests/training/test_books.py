@@ -77,18 +77,18 @@ def test_what_is_measured_on_is_known_by_six_words_or_by_all():
 
 
 @pytest.mark.parametrize(
-    ("name", "held"),
+    ("name", "held", "said"),
     [
-        ("a.jsonl", b"{"),
-        ("a.jsonl", b'{"id": 1}'),
-        ("a.jsonl", b"[1]"),
-        ("a.txt", b"\xff\xfe"),
+        ("a.jsonl", b"{", "line 1 of the manifest in .* cannot be used"),
+        ("a.jsonl", b'{"audio": "a.wav"}', "line 1 of the manifest in .* cannot be used"),
+        ("a.jsonl", b"[1]", "line 1 of the manifest in .* cannot be used"),
+        ("a.txt", b"\xff\xfe", "has no texts to leave out"),
     ],
     ids=["cut", "textless", "list", "binary"],
 )
-def test_bad_texts_to_leave_out_are_told(tmp_path, name, held):
+def test_bad_texts_to_leave_out_are_told(tmp_path, name, held, said):
     (tmp_path / name).write_bytes(held)
-    with pytest.raises(ConfigError, match="has no texts to leave out"):
+    with pytest.raises(ConfigError, match=said):
         Shared.of([tmp_path / name])
 
 
@@ -97,7 +97,9 @@ def test_books_on_the_command_line(tmp_path, monkeypatch, capsys, command):
     said = "They went down to the old harbour again."
     other = "Nobody knew what they had seen in there."
     (tmp_path / "a.txt").write_text(f"{said}\n\nIn 1984, I did.\n\n{other}\n")
-    (tmp_path / "test.jsonl").write_text(json.dumps({"text": said.upper()}) + "\n")
+    (tmp_path / "test.jsonl").write_text(
+        json.dumps({"audio": "a.wav", "text": said.upper()}) + "\n"
+    )
     (tmp_path / "dev.txt").write_text("something else\n")
     out = tmp_path / "out.txt"
     without = ["--without", str(tmp_path / "test.jsonl"), str(tmp_path / "dev.txt")]

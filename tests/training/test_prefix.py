@@ -17,9 +17,10 @@ from sparqle_stream import testing
 from sparqle_stream.artifacts import DEFAULT_LLM, sha256
 from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.weights import merge_lora
+from tests.training.text_runs import log_of, small_config
 from training import export, loop, prefix
 from training.export import add_text, compact
-from training.prefix import NOT_SPOKEN, PrefixConfig, Text, Trainer, places_of, read, start
+from training.prefix import NOT_SPOKEN, Text, Trainer, places_of, read, start
 
 CONFIGS = Path(prefix.__file__).parent / "configs"
 LINES = ["So it is told.", "Told so -- it's so!", "Is it told so?", "In 1984 it was."]
@@ -40,22 +41,8 @@ def tiny_llm(monkeypatch):
 def cfg(tmp_path):
     (tmp_path / "books.txt").write_text("\n".join(LINES) + "\n")
     (tmp_path / "dev.txt").write_text("is it so\nso told it is\n")
-    return PrefixConfig(
-        texts=(Text(str(tmp_path / "books.txt")),),
-        dev=(Text(str(tmp_path / "dev.txt")),),
-        dev_every=3,
-        n_places=5,
-        steps=6,
-        rows=4,
-        row_length=12,
-        warmup=2,
-        seed=3,
-        bf16=False,
-    )
-
-
-def log_of(work):
-    return [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    texts, dev = tmp_path / "books.txt", tmp_path / "dev.txt"
+    return small_config(texts, dev, dev_every=3, n_places=5, warmup=2, seed=3)
 
 
 # --- the model -----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparqle_stream.errors import ConfigError, ModelError
+from tests.training.text_runs import log_of, small_config
 from training import joint
 from training.bridge import load_config as load_joint
 from training.captions import CaptionsConfig, change, hear_captions
 from training.export import add_text
-from training.prefix import PrefixConfig, Text, Trainer, load_config
+from training.prefix import Trainer, load_config
 
 JOINT = """
 ear = "{ear}"
@@ -43,22 +43,9 @@ def joint_config(files, tiny_llm, tmp_path, monkeypatch):
 @pytest.fixture
 def cfg(joint_config, tmp_path):
     (tmp_path / "books.txt").write_text("so it is told\ntold so\n")
-    return PrefixConfig(
-        texts=(Text(str(tmp_path / "books.txt")),),
-        dev=(Text(str(tmp_path / "books.txt")),),
-        dev_every=2,
-        n_places=4,
-        steps=6,
-        rows=4,
-        row_length=12,
-        warmup=1,
-        bf16=False,
-        captions=CaptionsConfig(joint=str(joint_config), rows=5, together=2, every=2, lr=1e-2),
-    )
-
-
-def log_of(work):
-    return [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    captions = CaptionsConfig(joint=str(joint_config), rows=5, together=2, every=2, lr=1e-2)
+    books = tmp_path / "books.txt"
+    return small_config(books, books, dev_every=2, n_places=4, warmup=1, captions=captions)
 
 
 def test_captions_are_the_rows_of_a_joint_run(joint_config):

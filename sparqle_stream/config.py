@@ -79,6 +79,8 @@ class CtcConfig:
     width: int = 512
     hidden: int = 512
     n_pieces: int = 256
+    n_blocks: int = 0  # between the hidden layer and the pieces: they look back
+    kernel: int = 11  # CTC frames that a block looks at, the newest included
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparqle_stream import encoder, features, llm, qformer
+from sparqle_stream import ctc, encoder, features, llm, qformer
 from sparqle_stream.judge import Judge, n_slots
 from sparqle_stream.rows import Rows
 from sparqle_stream.stages import N_RECENT, Laps
@@ -36,6 +36,7 @@ Hear = Callable[[Tensor], "Sequence[Writer | None]"]
 class PipelineState:
     features: features.FeatureState
     encoder: encoder.EncoderState
+    ctc: ctc.CtcState
     qformer: qformer.QFormerState
     llm: llm.LlmState
     recent: Tensor  # (B, N_RECENT, E) the last queries, newest last
@@ -62,6 +63,7 @@ def init_state(model: SparqleModel, batch: int) -> PipelineState:
     return PipelineState(
         features=features.init_state(cfg.features, batch, device=device),
         encoder=encoder.init_state(cfg.encoder, batch, dtype=dtype, device=device),
+        ctc=ctc.init_state(model.ctc, batch),
         qformer=qformer.init_state(cfg.qformer, batch, dtype=dtype, device=device),
         llm=slots,
         recent=torch.zeros(batch, N_RECENT, cfg.llm.width, dtype=llm_dtype, device=device),
@@ -109,7 +111,7 @@ def listen(
     lap("features")
     state.encoder, frames = encoder.step(model.encoder, state.encoder, mel, rows, ahead_frames)
     lap("encoder")
-    log_probs = rows.put(model.ctc(rows.take(frames)))
+    state.ctc, log_probs = ctc.step(model.ctc, state.ctc, frames, rows)
     lap("ctc")
     state.qformer, queries = qformer.step(
         model.qformer, state.qformer, frames, log_probs, wait_ms, rows
@@ -169,5 +171,6 @@ def seam_rows(
 
 def _reset_hearing(state: PipelineState, mask: Tensor) -> None:
     encoder.reset_rows(state.encoder, mask)
+    ctc.reset_rows(state.ctc, mask)
     qformer.reset_rows(state.qformer, mask)
     state.recent[mask] = 0.0

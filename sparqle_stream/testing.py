@@ -99,7 +99,7 @@ def tiny_config(n_layers: int = 2) -> ModelConfig:
     return ModelConfig(
         name="tiny",
         encoder=EncoderConfig(width=64, n_heads=2, n_layers=n_layers, left_frames=64),
-        ctc=CtcConfig(width=64, hidden=64, n_pieces=n_pieces),
+        ctc=CtcConfig(width=64, hidden=64, n_pieces=n_pieces, n_blocks=2, kernel=4),
         qformer=QFormerConfig(
             width=64,
             n_heads=2,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparqle_stream import ctc
 from sparqle_stream.config import CtcConfig
 from sparqle_stream.ctc import CtcHead
 from sparqle_stream.pieces import BLANK, CtcPieces, greedy_path
@@ -53,6 +55,49 @@ def test_chunks_equal_one_call(head):
     chunks = torch.cat([head(part) for part in frames.split(8, dim=1)], dim=1)
     torch.testing.assert_close(chunks, head(frames), atol=1e-6, rtol=0)
     assert head(frames[:, :0]).shape == (2, 0, CFG.n_pieces)
+
+
+def looking_back(seed=0):
+    torch.manual_seed(seed)
+    return CtcHead(replace(CFG, n_blocks=2, kernel=4)).requires_grad_(False)
+
+
+def test_a_block_is_a_gated_convolution_over_the_past_and_an_mlp():
+    """The formula in float64, frame by frame; before the beginning there are zeros."""
+    block = looking_back().double().blocks[0]
+    x = torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(2)).double()
+    value, gate = block.gate(block.gate_ln(x[0])).chunk(2, dim=-1)
+    seen = torch.cat([torch.zeros(3, 8).double(), value * gate.sigmoid()])
+    gelu = torch.nn.functional.gelu
+    for i in range(7):
+        mixed = (seen[i : i + 4].T * block.conv.weight[:, 0]).sum(dim=1) + block.conv.bias
+        y = x[0, i] + block.merge(gelu(block.conv_ln(mixed)))
+        y = y + block.fc2(gelu(block.fc1(block.mlp_ln(y))))
+        torch.testing.assert_close(block(x, seen[None, :3])[0][0, i], y)
+    torch.testing.assert_close(block(x, seen[None, :3])[1][0], seen[-3:])
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(1, 5), min_size=1, max_size=6), seed=st.integers(0, 9))
+def test_any_cut_is_one_call_and_nothing_looks_ahead(cuts, seed):
+    """Rows that are not active keep their past, and get zeros."""
+    head, frames = looking_back(seed), frames_of(2 * sum(cuts))
+    whole, state = head(frames), ctc.init_state(looking_back(seed), 3)
+    got, at = [], 0
+    for n in cuts:
+        part = torch.cat([frames[:, at : at + 2 * n], torch.full((1, 2 * n, 6), torch.nan)])
+        state, log_probs = ctc.step(head, state, part, torch.tensor([True, True, False]))
+        assert not log_probs[2].any()
+        assert not state.past[2].any()
+        got.append(log_probs[:2])
+        at += 2 * n
+        later = frames.clone()
+        later[:, at:] = 9.0
+        torch.testing.assert_close(head(later)[:, : at // 2], whole[:, : at // 2])
+    torch.testing.assert_close(torch.cat(got, dim=1), whole, atol=1e-5, rtol=0)
+    ctc.reset_rows(state, torch.tensor([True, False, False]))
+    assert not state.past[0].any()
+    assert state.past[1].any()
 
 
 def test_half_a_pair_is_refused(head):

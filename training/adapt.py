@@ -43,10 +43,13 @@ class AdaptConfig:
     init: str = ""  # encoder to begin with beside a random head (safetensors, our names), or ...
     ear: str = ""  # ... encoder and head to go on from, of a run or of a model folder
     teacher: str = ""  # encoder that `distil` holds to; else `init`'s, else `ear`'s
+    head_hidden: int = 512  # width of a new head, ...
+    head_blocks: int = 0  # ... its blocks, which look back ...
+    head_kernel: int = 11  # ... over as many CTC frames each
     frozen_blocks: int = 0  # the stem and as many blocks stay as they are; a step costs less
     noise: str = ""
     steps: int = 1000
-    head_steps: int = 150
+    head_steps: int = 150  # of the head alone; with `steps` of them the encoder stays as it is
     streams: int = 8
     stream_s: float = 12.8
     lengths_s: tuple[float, ...] = ()  # drawn for each batch, of streams * stream_s seconds in all
@@ -94,15 +97,16 @@ def freeze(encoder: Encoder, n_blocks: int) -> None:
             module.requires_grad_(False)
 
 
-def add_dropout(encoder: Encoder, p: float) -> None:
+def add_dropout(encoder: Encoder, head: CtcHead, p: float) -> None:
     """Residual dropout (Vaswani et al., 2017) in training mode; serving has none."""
 
     def drop(module: torch.nn.Module, _: object, out: Tensor) -> Tensor:
         return F.dropout(out, p, training=module.training)
 
-    for block in encoder.layers():
-        for linear in (block.out, block.fc2):
-            linear.register_forward_hook(drop)
+    added = [linear for block in encoder.layers() for linear in (block.out, block.fc2)]
+    added += [linear for block in head.layers() for linear in (block.merge, block.fc2)]
+    for linear in added:
+        linear.register_forward_hook(drop)
 
 
 class Trainer(Run):
@@ -128,7 +132,7 @@ class Trainer(Run):
             self.teacher.bfloat16()
         freeze(encoder, cfg.frozen_blocks)
         if cfg.dropout:
-            add_dropout(encoder, cfg.dropout)
+            add_dropout(encoder, head, cfg.dropout)
         taught = [p for p in encoder.parameters() if p.requires_grad]
         self.ready(
             [
@@ -145,7 +149,8 @@ class Trainer(Run):
             encoder, head = load_ear(Path(cfg.ear), pieces.size)
         elif cfg.init:
             encoder = load_encoder(Path(cfg.init))
-            head = CtcHead(CtcConfig(width=encoder.cfg.width, n_pieces=pieces.size))
+            shape = cfg.head_hidden, pieces.size, cfg.head_blocks, cfg.head_kernel
+            head = CtcHead(CtcConfig(encoder.cfg.width, *shape))
         else:
             raise ConfigError("nothing to begin with", hint="give ear = or init = in the config")
         taught_by = cfg.teacher or cfg.init

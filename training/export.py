@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from sparqle_stream import models
 from sparqle_stream.artifacts import sha256
-from sparqle_stream.config import CtcConfig, ModelConfig, QFormerConfig, WriterConfig
+from sparqle_stream.config import ModelConfig, QFormerConfig, WriterConfig
 from sparqle_stream.config_json import read_json
 from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.onnx_cpu.settings import DEFAULT_DTYPE, DTYPES
@@ -35,6 +35,7 @@ from sparqle_stream.weights import (
     whisper_config,
 )
 from training.errors import reported
+from training.hearing import head_config
 from training.lora import LORA_SCALE
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def shapes(heard: dict[str, Tensor], trained: dict[str, Tensor]) -> ModelConfig:
     return replace(
         ModelConfig(),
         encoder=whisper_config(encoder),
-        ctc=CtcConfig(width, len(heard["ctc.hidden.bias"]), n_pieces),
+        ctc=head_config(part(heard, "ctc"), width, n_pieces),
         qformer=replace(
             QFormerConfig(),
             kind="window" if "qformer.queries" in trained else "stack",

@@ -94,13 +94,20 @@ def load_ear(path: Path, n_pieces: int, device: str = "cpu") -> tuple[Encoder, C
     ear = expanded(read_safetensors(path))
     state, ctc = part(ear, "encoder"), part(ear, "ctc")
     cfg = encoder_config(state, path)
-    hidden = len(ctc["hidden.bias"]) if "hidden.bias" in ctc else CtcConfig().hidden
-    encoder, head = Encoder(cfg), CtcHead(CtcConfig(cfg.width, hidden, n_pieces))
+    encoder, head = Encoder(cfg), CtcHead(head_config(ctc, cfg.width, n_pieces))
     load_into(encoder, state)
     load_into(head, ctc)
     for module in (encoder, head):
         module.eval().requires_grad_(False).to(device)
     return encoder, head
+
+
+def head_config(ctc: dict[str, Tensor], width: int, n_pieces: int) -> CtcConfig:
+    """The shape of a CTC head by its weights."""
+    hidden = len(ctc["hidden.bias"]) if "hidden.bias" in ctc else CtcConfig().hidden
+    n_blocks = sum(name.endswith(".conv.bias") for name in ctc)
+    kernel = ctc["blocks.0.conv.weight"].shape[2] if n_blocks else CtcConfig().kernel
+    return CtcConfig(width, hidden, n_pieces, n_blocks, kernel)
 
 
 def encoder_config(state: dict[str, Tensor], where: Path) -> EncoderConfig:

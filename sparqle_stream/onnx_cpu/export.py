@@ -67,7 +67,7 @@ def _write(model: SparqleModel, out: Path, dtype: str) -> None:
     filters = features.mel_filters(cfg.features.n_mels, cfg.features.n_fft).numpy()
     graphs.features(cfg.features, filters).save(out)
     is_int8 = dtype == "int8"
-    graphs.ear(cfg.encoder, encoder, _arrays(model.ctc), is_int8=is_int8).save(out)
+    graphs.ear(cfg.encoder, encoder, cfg.ctc, _arrays(model.ctc), is_int8=is_int8).save(out)
     graphs.qformer(cfg.qformer, _arrays(model.qformer), is_int8=is_int8).save(out)
     scales = slot_scales(model) if is_int8 else None
     graphs.llm(cfg.llm, _joined(model.llm), scales).save(out)

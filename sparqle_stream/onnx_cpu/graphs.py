@@ -26,7 +26,13 @@ from sparqle_stream.onnx_cpu.settings import UNSEEN, places
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sparqle_stream.config import EncoderConfig, FeatureConfig, LlmConfig, QFormerConfig
+    from sparqle_stream.config import (
+        CtcConfig,
+        EncoderConfig,
+        FeatureConfig,
+        LlmConfig,
+        QFormerConfig,
+    )
 
     Weights = Mapping[str, Floats]
     Shape = list[int | str]
@@ -90,12 +96,19 @@ def _slow_gain(g: Graph, cfg: FeatureConfig, loud: str, peak: str) -> tuple[str,
 # --- the ear: encoder and CTC ---------------------------------------------------------------------
 
 
-def ear(cfg: EncoderConfig, encoder: Weights, ctc: Weights, *, is_int8: bool = False) -> Graph:
+def ear(
+    cfg: EncoderConfig,
+    encoder: Weights,
+    head: CtcConfig,
+    ctc: Weights,
+    *,
+    is_int8: bool = False,
+) -> Graph:
     """mel (B, 3 + 2 T + 2 ahead, M) -> frames (B, T, D), log_probs, new K and V of a chunk.
 
     ahead (1): frames of look-ahead, which the chunk sees and which are forgotten; position (B):
     frames since the start; ring_position (B, L): -1 where nothing was written; k_i, v_i
-    (B, H, L, d): each layer's ring.
+    (B, H, L, d): each layer's ring. A head with blocks has ctc_past (B, N, K - 1, H) besides.
     """
     g = Graph("ear", is_int8=is_int8)
     mel = g.input("mel", FLOAT, ["B", "M", cfg.n_mels])
@@ -104,15 +117,13 @@ def ear(cfg: EncoderConfig, encoder: Weights, ctc: Weights, *, is_int8: bool = F
     x = _stem(g, cfg, encoder, mel, position)
     n_new = g.add("Sub", g.size(x, 1), g.input("ahead", INT64, [1]))
     unseen = g.unsqueeze(_mask(g, ring_position), 1, 2)  # (B, 1, 1, L)
-    normed = g.add(
-        "LayerNormalization", x, *_norm(g, encoder, "blocks.0.attn_ln"), epsilon=EPS, axis=-1
-    )
+    normed = _normed(g, encoder, "blocks.0.attn_ln", x)
     for i in range(cfg.n_layers):
         part = {k.removeprefix(f"blocks.{i}."): v for k, v in encoder.items()}
         after = "ln_post" if i + 1 == cfg.n_layers else f"blocks.{i + 1}.attn_ln"
         x, normed = _block(g, cfg, part, i, (x, normed), (unseen, n_new), _norm(g, encoder, after))
     g.output("frames", normed, ["B", "T", cfg.width])
-    g.output("log_probs", _ctc(g, ctc, normed), ["B", "C", len(ctc["out.bias"])])
+    g.output("log_probs", _ctc(g, head, ctc, normed), ["B", "C", head.n_pieces])
     return g
 
 
@@ -170,13 +181,44 @@ def _block(
     return x, normed
 
 
-def _ctc(g: Graph, w: Weights, frames: str) -> str:
+def _ctc(g: Graph, cfg: CtcConfig, w: Weights, frames: str) -> str:
     """frames (B, T, D) -> log-probabilities (B, T / 2, V)."""
     pairs = g.reshape(frames, 0, -1, len(w["norm.weight"]))
-    normed = g.add("LayerNormalization", pairs, *_norm(g, w, "norm"), epsilon=EPS, axis=-1)
-    hidden = g.linear(normed, w["hidden.weight"])
-    hidden = g.add("BiasGelu", hidden, g.const(w["hidden.bias"]))
-    return str(g.add("LogSoftmax", g.linear(hidden, w["out.weight"], w["out.bias"]), axis=-1))
+    x = g.linear(_normed(g, w, "norm", pairs), w["hidden.weight"])
+    x = g.add("BiasGelu", x, g.const(w["hidden.bias"]))
+    if cfg.n_blocks:
+        shape: Shape = ["B", cfg.n_blocks, cfg.kernel - 1, cfg.hidden]
+        past, new = g.input("ctc_past", FLOAT, shape), []
+        first = g.unsqueeze(g.count(g.size(x, 1)), 1)
+        window = g.add("Add", first, g.const(np.arange(cfg.kernel)))  # (C, K)
+        for i in range(cfg.n_blocks):
+            part = {k.removeprefix(f"blocks.{i}."): v for k, v in w.items()}
+            before = g.add("Squeeze", g.slice(past, i, i + 1, 1), g.const([1]))
+            x, seen = _ctc_block(g, part, x, before, window)
+            new.append(g.unsqueeze(g.slice(seen, 1 - cfg.kernel, np.iinfo(np.int64).max, 1), 1))
+        g.output("new_ctc_past", g.concat(*new, axis=1), shape)
+        x = _normed(g, w, "out_norm", x)
+    return str(g.add("LogSoftmax", g.linear(x, w["out.weight"], w["out.bias"]), axis=-1))
+
+
+def _ctc_block(g: Graph, w: Weights, x: str, before: str, window: str) -> tuple[str, str]:
+    """x (B, C, H), before (B, K - 1, H) -> x after the block, and what its convolution saw."""
+    gated = g.linear(_normed(g, w, "gate_ln", x), w["gate.weight"], w["gate.bias"])
+    value, gate = g.add("Split", gated, axis=-1, num_outputs=2, outputs=2)
+    seen = g.concat(before, g.add("Mul", value, g.add("Sigmoid", gate)), axis=1)
+    # Depthwise: the library's Conv would make a product of one column for every channel.
+    side = g.add("Gather", seen, window, axis=1)  # (B, C, K, H)
+    weighted = g.add("Mul", side, g.const(w["conv.weight"][:, 0].T))
+    mixed = g.add("ReduceSum", weighted, g.const([2]), keepdims=0)
+    mixed = g.add("Gelu", _normed(g, w, "conv_ln", g.add("Add", mixed, g.const(w["conv.bias"]))))
+    x = g.add("Add", x, g.linear(mixed, w["merge.weight"], w["merge.bias"]))
+    hidden = g.linear(_normed(g, w, "mlp_ln", x), w["fc1.weight"])
+    hidden = g.add("BiasGelu", hidden, g.const(w["fc1.bias"]))
+    return str(g.add("Add", x, g.linear(hidden, w["fc2.weight"], w["fc2.bias"]))), seen
+
+
+def _normed(g: Graph, w: Weights, name: str, x: str) -> str:
+    return str(g.add("LayerNormalization", x, *_norm(g, w, name), epsilon=EPS, axis=-1))
 
 
 # --- the Q-Former ---------------------------------------------------------------------------------

@@ -94,6 +94,9 @@ class OnnxStages:
         enc, qf = cfg.encoder, cfg.qformer
         shape = (enc.n_heads, enc.left_frames, enc.head_width)
         self.ear = Rings(layers, n_rows, shape, model.kind("ear", "k_0"))
+        head = cfg.ctc
+        past = (n_rows, head.n_blocks, head.kernel - 1, head.hidden)
+        self.ctc_past = np.zeros(past, np.float32)
         n_layers, d = (qf.n_layers if qf.kind == "window" else 0), qf.width // qf.n_heads
         asked = [f"self_{kind}_{i}" for i in range(n_layers) for kind in "kv"]
         seen = [f"cross_{kind}_{i}" for i in range(n_layers) for kind in "kv"]
@@ -110,6 +113,7 @@ class OnnxStages:
             self.peak,
             self.mel_tail,
             self.position,
+            self.ctc_past,
             self.posterior,
             self.recent,
         ]
@@ -145,6 +149,7 @@ class OnnxStages:
         self.position[row] = 0
         for rings in (self.ear, self.queries, self.frames):
             rings.forget(row, wipe=wipe)
+        self.ctc_past[row] = 0.0
         self.posterior[row] = 0.0
         self.recent[row] = 0.0
         self.slots.forget(row)
@@ -213,10 +218,16 @@ class OnnxStages:
             **self.ear.of(rows),
         }
         names = list(self.ear.arrays)
+        if has_past := self.ctc_past.size > 0:
+            names.append("ctc_past")
+            inputs["ctc_past"] = _rows(self.ctc_past, rows)
         wanted = ["frames", "log_probs", *(f"new_{name}" for name in names)]
         frames, log_probs, *new = self.model.session("ear").run(wanted, inputs)
         at = position[:, None] + np.arange(frames.shape[1])
-        self.ear.put(rows, at, dict(zip(names, new, strict=True)))
+        fresh = dict(zip(names, new, strict=True))
+        if has_past:
+            self.ctc_past[rows] = fresh["ctc_past"]
+        self.ear.put(rows, at, fresh)
         self.mel_tail[rows] = mel[:, -self.mel_tail.shape[1] :]
         return frames, log_probs
 

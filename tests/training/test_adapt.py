@@ -96,7 +96,8 @@ def test_dropout_is_for_training_only(pieces):
     encoder, mel = Encoder(TINY), torch.randn(1, 64, 80, generator=torch.Generator().manual_seed(0))
     offset = torch.zeros(1, dtype=torch.long)
     whole = encoder.eval().forward_train(mel, 8, 32, offset)
-    adapt.add_dropout(encoder, 0.5)
+    head = CtcHead(CtcConfig(width=16, hidden=8, n_pieces=5, n_blocks=1))
+    adapt.add_dropout(encoder, head, 0.5)
     assert torch.equal(encoder.forward_train(mel, 8, 32, offset), whole)
     encoder.train()
     torch.manual_seed(0)
@@ -107,6 +108,9 @@ def test_dropout_is_for_training_only(pieces):
     torch.testing.assert_close(
         x[kept], 2 * encoder.blocks[0].eval().fc2(torch.ones(1000, 64))[kept]
     )
+    frames = torch.randn(1, 64, 16)
+    assert not torch.equal(head(frames), head(frames))
+    assert torch.equal(head.eval()(frames), head(frames))
 
 
 def test_ctc_loss_sums_over_all_paths(pieces):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sparqle_stream.config import CtcConfig, EncoderConfig
 from sparqle_stream.ctc import CtcHead
@@ -72,6 +72,16 @@ def test_look_ahead_moves_no_frame(ear, ahead):
     assert len(heard) == 100
     strange = (heard - heard[20]).abs().sum(dim=1)[10:]  # after the start
     assert abs(strange.argmax().item() + 10 - 50) <= 2
+
+
+def test_a_head_is_known_by_its_weights(ear, tmp_path):
+    """Its width, its blocks and how far they look back."""
+    head = CtcHead(CtcConfig(width=64, hidden=24, n_pieces=9, n_blocks=3, kernel=5))
+    encoder = {k: v for k, v in load_file(ear).items() if k.startswith("encoder.")}
+    other = tmp_path / "other.safetensors"
+    save_file(encoder | {f"ctc.{k}": v for k, v in head.state_dict().items()}, other)
+    assert load_ear(other, 9)[1].cfg == head.cfg
+    assert load_ear(ear, 5)[1].cfg == CtcConfig(64, 16, 5)
 
 
 def test_a_file_without_an_ear_is_told(tmp_path):

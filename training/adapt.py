@@ -181,6 +181,7 @@ class Trainer(Run):
         n_views = 2 if cfg.consistency else 1
         mel, offset = hear(batch.noisy, rng, cfg.augment, place.device, n_views)
         is_frozen = self.step < cfg.head_steps
+        self.encoder.train(not is_frozen)  # nothing is dropped from what does not learn
         chunk, left, ahead = (rng.choice(x) for x in (cfg.chunks, cfg.lefts, cfg.aheads))
         with place.autocast(), torch.set_grad_enabled(not is_frozen):
             frames = self.encoder.forward_train(padded(mel, ahead), chunk, left, offset, ahead)

@@ -308,6 +308,28 @@ def test_a_run_can_begin_with_the_ear_of_a_model_folder(pack, pieces, tmp_path):
     assert moved(weights, trainer.weights(), "ctc")
 
 
+def test_a_head_with_blocks_learns_on_an_encoder_that_stays(pack, pieces, tmp_path):
+    """All of its steps are the head's: the encoder is heard without dropout, and left alone."""
+    encoder = Encoder(EncoderConfig(width=64, n_heads=1, n_layers=1))
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    pieces.tokenizer.save(str(tmp_path / "pieces.json"))
+    own = {"pieces": str(tmp_path / "pieces.json"), "init": str(tmp_path / "encoder.safetensors")}
+    shape = {"head_hidden": 24, "head_blocks": 2, "head_kernel": 5}
+    trainer = Trainer.start(
+        config(pack, steps=3, head_steps=3, dropout=0.5, bf16=False, **shape, **own)
+    )
+    assert trainer.head.cfg == CtcConfig(64, 24, pieces.size, 2, 5)
+    weights = copy_of(trainer.weights())
+    trainer.seed()
+    for _ in range(3):
+        trainer.train_step()
+    assert not trainer.encoder.training
+    assert trainer.head.training
+    assert not moved(weights, trainer.weights(), "encoder")
+    for part in ("ctc.hidden", "ctc.blocks.0.conv", "ctc.blocks.1.fc2", "ctc.out_norm"):
+        assert moved(weights, trainer.weights(), part)
+
+
 def test_a_run_must_begin_with_something(pack, pieces, tmp_path):
     pieces.tokenizer.save(str(tmp_path / "pieces.json"))
     with pytest.raises(ConfigError, match="nothing to begin with") as err:

@@ -3,7 +3,8 @@
 The teacher keeps the starting weights and hears clean audio with full context; the student hears it
 distorted, under a random chunk mask, left context and position offset, and learns to give the same
 frames: frame MSE and cosine. With `ear`, whose CTC head both
-then have, the teacher's posteriors are soft targets as well (Hinton et al., 2015).
+then have, the teacher's posteriors are soft targets as well (Hinton et al., 2015); with `init` too
+the student begins as that.
 
 `python -m training.distill CONFIG.toml --work DIR [--resume]` makes encoder.safetensors, which is
 `init` of training.adapt.
@@ -11,6 +12,7 @@ then have, the teacher's posteriors are soft targets as well (Hinton et al., 201
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparqle_stream.errors import ConfigError
 from training.adapt import freeze
 from training.data import AugmentConfig
 from training.hearing import distil_loss, hear, load_ear, load_encoder, mel_of, padded
@@ -37,8 +40,10 @@ class DistillConfig:
     """`sources` may have transcripts; they are not looked at."""
 
     sources: tuple[Source, ...]
-    init: str = ""  # encoder weights (safetensors, our names), or ...
-    ear: str = ""  # ... encoder and CTC head of training.adapt, with `pieces` in it
+    init: str = ""  # the student (safetensors, our names); without `ear` the teacher too
+    ear: str = (
+        ""  # the teacher with its CTC head, of training.adapt; without `init` the student too
+    )
     n_pieces: int = 256  # of the ear's head
     posterior: float = 1.0  # weight of the soft targets, where there is a head
     noise: str = ""
@@ -123,14 +128,15 @@ class Trainer(Run):
 
 
 def start(cfg: DistillConfig, device: str = "cpu") -> Trainer:
-    """A run from `init`, or from `ear`. Raises ModelError for files that do not fit."""
+    """A run of `init` or `ear`. Raises ConfigError without either, ModelError for a wrong file."""
     torch.manual_seed(cfg.seed)
     place = find_place(device, cfg.bf16)
-    if cfg.ear:
-        (student, head), (teacher, _) = (load_ear(Path(cfg.ear), cfg.n_pieces) for _ in range(2))
-        return Trainer(cfg, student, teacher, head, place)
-    student, teacher = (load_encoder(Path(cfg.init)) for _ in range(2))
-    return Trainer(cfg, student, teacher, None, place)
+    if not (cfg.init or cfg.ear):
+        raise ConfigError("nobody to distil", hint="give init = or ear = in the config")
+    teacher, head = load_ear(Path(cfg.ear), cfg.n_pieces) if cfg.ear else (None, None)
+    student = load_encoder(Path(cfg.init)) if cfg.init else deepcopy(teacher)
+    assert student is not None
+    return Trainer(cfg, student, teacher or deepcopy(student), head, place)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sparqle_stream.config import CtcConfig, EncoderConfig
 from sparqle_stream.ctc import CtcHead
 from sparqle_stream.encoder import Encoder
-from sparqle_stream.errors import ModelError
+from sparqle_stream.errors import ConfigError, ModelError
 from training import distill
 from training.corpus import PackWriter
 from training.data import AugmentConfig
@@ -127,6 +127,14 @@ def test_a_student_comes_nearer_to_its_teacher(ear, pack, tmp_path):
     again = distill.start(replace(cfg, ear="", init=str(tmp_path / "encoder.safetensors")))
     assert again.head is None
     assert torch.equal(again.weights()["ln_post.weight"], run.average["ln_post.weight"])
+    assert torch.equal(again.teacher.ln_post.weight, again.student.ln_post.weight)
+    both = distill.start(replace(cfg, init=str(tmp_path / "encoder.safetensors")))
+    assert torch.equal(both.weights()["ln_post.weight"], run.average["ln_post.weight"])
+    assert torch.equal(both.teacher.ln_post.weight, load_ear(ear, 5)[0].ln_post.weight)
+    assert both.head is not None
+    with pytest.raises(ConfigError, match="nobody to distil") as err:
+        distill.start(replace(cfg, ear=""))
+    assert "init" in err.value.hint
 
 
 def test_shipped_configs_can_be_read():

@@ -110,6 +110,7 @@ def test_a_student_comes_nearer_to_its_teacher(ear, pack, tmp_path):
         stream_s=1.28,
         lr=3e-3,
         warmup=1,
+        bf16=False,
         ema=0.5,
         chunks=(4,),
         lefts=(16,),

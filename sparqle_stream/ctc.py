@@ -44,7 +44,7 @@ class CtcBlock(nn.Module):
         mixed = self.conv(seen.transpose(1, 2)).transpose(1, 2)
         x = x + self.merge(F.gelu(self.conv_ln(mixed)))
         x = x + self.fc2(F.gelu(self.fc1(self.mlp_ln(x))))
-        return x, seen[:, seen.shape[1] - past.shape[1] :]
+        return x, seen[:, x.shape[1] :]
 
 
 class CtcHead(nn.Module):
@@ -107,6 +107,5 @@ def step(
     """frames (B, T, D), active (B,) -> log-probs (B, T / 2, V); zeros for inactive rows."""
     rows = Rows.of(active)
     log_probs, past = head.hear(rows.take(frames), state.past[rows.index])
-    if head.cfg.n_blocks:
-        state.past[rows.index] = past.to(state.past.dtype)
+    state.past[rows.index] = past
     return state, rows.put(log_probs)

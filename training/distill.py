@@ -41,9 +41,7 @@ class DistillConfig:
 
     sources: tuple[Source, ...]
     init: str = ""  # the student (safetensors, our names); without `ear` the teacher too
-    ear: str = (
-        ""  # the teacher with its CTC head, of training.adapt; without `init` the student too
-    )
+    ear: str = ""  # the teacher with its CTC head (training.adapt); without `init` the student too
     n_pieces: int = 256  # of the ear's head
     posterior: float = 1.0  # weight of the soft targets, where there is a head
     noise: str = ""
@@ -133,10 +131,13 @@ def start(cfg: DistillConfig, device: str = "cpu") -> Trainer:
     place = find_place(device, cfg.bf16)
     if not (cfg.init or cfg.ear):
         raise ConfigError("nobody to distil", hint="give init = or ear = in the config")
-    teacher, head = load_ear(Path(cfg.ear), cfg.n_pieces) if cfg.ear else (None, None)
+    head = None
+    if cfg.ear:
+        teacher, head = load_ear(Path(cfg.ear), cfg.n_pieces)
+    else:
+        teacher = load_encoder(Path(cfg.init))
     student = load_encoder(Path(cfg.init)) if cfg.init else deepcopy(teacher)
-    assert student is not None
-    return Trainer(cfg, student, teacher or deepcopy(student), head, place)
+    return Trainer(cfg, student, teacher, head, place)
 
 
 if __name__ == "__main__":

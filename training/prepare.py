@@ -104,8 +104,9 @@ def parser() -> argparse.ArgumentParser:
             default=[],
             help="manifests or texts; what shares six words in a row with them is left out",
         )
+        if run is passages:
+            one.add_argument("--seed", type=int, default=0, help="of where passages end")
         one.set_defaults(run=run)
-    one.add_argument("--seed", type=int, default=0, help="of where passages end")
     one = commands.add_parser("synth", help="speak sentences")
     one.add_argument("out", type=Path)
     one.add_argument("--text", type=Path, required=True)

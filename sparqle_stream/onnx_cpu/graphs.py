@@ -189,20 +189,24 @@ def _ctc(g: Graph, cfg: CtcConfig, w: Weights, frames: str) -> str:
     if cfg.n_blocks:
         shape: Shape = ["B", cfg.n_blocks, cfg.kernel - 1, cfg.hidden]
         past, new = g.input("ctc_past", FLOAT, shape), []
-        first = g.unsqueeze(g.count(g.size(x, 1)), 1)
-        window = g.add("Add", first, g.const(np.arange(cfg.kernel)))  # (C, K)
+        n_new = g.size(x, 1)
+        window = g.add("Add", g.unsqueeze(g.count(n_new), 1), g.const(np.arange(cfg.kernel)))
         for i in range(cfg.n_blocks):
             part = {k.removeprefix(f"blocks.{i}."): v for k, v in w.items()}
             before = g.add("Squeeze", g.slice(past, i, i + 1, 1), g.const([1]))
             x, seen = _ctc_block(g, part, x, before, window)
-            new.append(g.unsqueeze(g.slice(seen, 1 - cfg.kernel, np.iinfo(np.int64).max, 1), 1))
+            end, axis = g.const([np.iinfo(np.int64).max]), g.const([1])
+            new.append(g.unsqueeze(g.add("Slice", seen, n_new, end, axis), 1))
         g.output("new_ctc_past", g.concat(*new, axis=1), shape)
         x = _normed(g, w, "out_norm", x)
     return str(g.add("LogSoftmax", g.linear(x, w["out.weight"], w["out.bias"]), axis=-1))
 
 
 def _ctc_block(g: Graph, w: Weights, x: str, before: str, window: str) -> tuple[str, str]:
-    """x (B, C, H), before (B, K - 1, H) -> x after the block, and what its convolution saw."""
+    """x (B, C, H), before (B, K - 1, H) -> x after the block, and what its convolution saw.
+
+    window (C, K): which of what it saw belong to each frame.
+    """
     gated = g.linear(_normed(g, w, "gate_ln", x), w["gate.weight"], w["gate.bias"])
     value, gate = g.add("Split", gated, axis=-1, num_outputs=2, outputs=2)
     seen = g.concat(before, g.add("Mul", value, g.add("Sigmoid", gate)), axis=1)
@@ -238,7 +242,7 @@ def qformer(cfg: QFormerConfig, w: Weights, *, is_int8: bool = False) -> Graph:
     before = g.input("before", FLOAT, ["B", 1, cfg.n_pieces])
     delay_ms = g.input("delay_ms", INT64, ["B"])
     x = _stacked(g, cfg, w, frames) if cfg.kind == "stack" else _asked(g, cfg, w, frames)
-    normed = g.add("LayerNormalization", x, *_norm(g, w, "out_norm"), epsilon=EPS, axis=-1)
+    normed = _normed(g, w, "out_norm", x)
     x = g.linear(normed, w["out.weight"], w["out.bias"])
     rounded = g.add("Add", delay_ms, g.const(QUERY_MS // 2))
     delay = g.add("Div", rounded, g.const(QUERY_MS))
@@ -276,7 +280,7 @@ def _asked(g: Graph, cfg: QFormerConfig, w: Weights, frames: str) -> str:
         x = _attend(g, cfg, part, f"self_{{}}_{i}", x, None, (query_at, query, cfg.query_ring))
         seen = (frame_at, first_frame, cfg.frame_ring)
         x = _attend(g, cfg, part, f"cross_{{}}_{i}", x, frames, seen)
-        normed = g.add("LayerNormalization", x, *_norm(g, part, "norm"), epsilon=EPS, axis=-1)
+        normed = _normed(g, part, "norm", x)
         hidden = g.linear(normed, part["fc1.weight"])
         hidden = g.add("BiasGelu", hidden, g.const(part["fc1.bias"]))
         x = str(g.add("Add", x, g.linear(hidden, part["fc2.weight"], part["fc2.bias"])))
@@ -301,7 +305,7 @@ def _attend(
     head_width = cfg.width // cfg.n_heads
     ring: Shape = ["B", cfg.n_heads, reach, head_width]
     past_k, past_v = g.ring(name.format("k"), ring), g.ring(name.format("v"), ring)
-    normed = g.add("LayerNormalization", x, *_norm(g, w, "norm"), epsilon=EPS, axis=-1)
+    normed = _normed(g, w, "norm", x)
     scale = head_width**-0.5
     q = g.heads(g.linear(normed, w["query.weight"] * scale, w["query.bias"] * scale), cfg.n_heads)
     new = x if source is None else source

@@ -218,7 +218,7 @@ class OnnxStages:
             **self.ear.of(rows),
         }
         names = list(self.ear.arrays)
-        if has_past := self.ctc_past.size > 0:
+        if has_past := self.model.cfg.ctc.n_blocks > 0:
             names.append("ctc_past")
             inputs["ctc_past"] = _rows(self.ctc_past, rows)
         wanted = ["frames", "log_probs", *(f"new_{name}" for name in names)]

@@ -17,7 +17,7 @@ from sparqle_stream import testing
 from sparqle_stream.artifacts import DEFAULT_LLM, sha256
 from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.weights import merge_lora
-from tests.training.text_runs import log_of, small_config
+from tests.training.text_runs import log_of, small_config, whole_and_in_parts
 from training import export, loop, prefix
 from training.export import add_text, compact
 from training.prefix import NOT_SPOKEN, Text, Trainer, places_of, read, start
@@ -145,20 +145,7 @@ def test_what_is_stored_is_what_the_engine_reads(cfg, tmp_path):
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(cfg, tmp_path):
-    cfg = replace(cfg, accumulate=2)
-    whole, first = Trainer(cfg), Trainer(cfg)
-    whole.run(tmp_path / "whole", resume=False)
-    train_step = first.train_step
-
-    def interrupted():
-        first.is_stopped = first.step == 3
-        return train_step()
-
-    first.train_step = interrupted
-    first.run(tmp_path / "parts", resume=False)
-    assert first.step == 4
-    again = Trainer(cfg)
-    again.run(tmp_path / "parts", resume=True)
+    whole, again = whole_and_in_parts(replace(cfg, accumulate=2), tmp_path, step=3)
     for ours, theirs in ((whole.weights(), again.weights()), (whole.average, again.average)):
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), name

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparqle_stream.errors import ConfigError, ModelError
-from tests.training.text_runs import log_of, small_config
+from tests.training.text_runs import log_of, small_config, whole_and_in_parts
 from training import joint
 from training.bridge import load_config as load_joint
 from training.captions import CaptionsConfig, change, hear_captions
@@ -102,18 +102,7 @@ def test_adapters_learn_and_captions_hold_them(cfg, tmp_path):
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(cfg, tmp_path):
-    whole, first = Trainer(cfg), Trainer(cfg)
-    whole.run(tmp_path / "whole", resume=False)
-    train_step = first.train_step
-
-    def interrupted():
-        first.is_stopped = first.step == 2
-        return train_step()
-
-    first.train_step = interrupted
-    first.run(tmp_path / "parts", resume=False)
-    again = Trainer(cfg)
-    again.run(tmp_path / "parts", resume=True)
+    whole, again = whole_and_in_parts(cfg, tmp_path, step=2)
     for name, value in whole.weights().items():
         assert torch.equal(value, again.weights()[name]), name
     perplexities = [

@@ -119,6 +119,12 @@ class SegmentQueue:
         return (first.n_total or first.n_heard) - first.n_taken >= self.chunk_samples
 
     @property
+    def n_missing(self) -> int:
+        """Samples that the open segment's next chunk lacks."""
+        segment = self._segments[-1]
+        return self.chunk_samples - (segment.n_heard - segment.n_taken) % self.chunk_samples
+
+    @property
     def first_origin(self) -> int | None:
         """Where the segment begins whose chunks are next; None when there is none."""
         return self._segments[0].origin if self._segments else None

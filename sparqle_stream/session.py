@@ -139,6 +139,12 @@ class Session:
                 self._queue.end(event.known_at, event.n_quiet)
 
     @property
+    def patience(self) -> int:
+        """Samples that may wait for one another before `listen`: no event is later for it."""
+        n_before_event = vad.patience(self._detector, self._vad)
+        return min(n_before_event, self._queue.n_missing) if self._queue.is_open else n_before_event
+
+    @property
     def has_chunk(self) -> bool:
         return self._queue.has_chunk
 

@@ -35,6 +35,7 @@ Pcm = npt.NDArray[np.float32]
 SILERO_SAMPLES = 512  # the model's frame at 16 kHz
 SILERO_CONTEXT = 64  # it sees this much of the frame before as well
 WEBRTC_SAMPLES = 320
+NEVER = 1 << 62
 FLOOR_DB = -120.0  # level of digital silence
 MAX_PEAK = 100.0  # samples are meant to be in -1..1: beyond this they are something else
 
@@ -174,6 +175,18 @@ def _unjudged(detector: Detector, state: VadState, pcm: Pcm) -> deque[Pcm]:
         frames.append(heard[at : at + size])
         at += size
     return frames
+
+
+def patience(detector: Detector, state: VadState) -> int:
+    """Samples that have to come before a segment can begin or end: until then nothing is known
+    later because they wait unheard. A pause is no such event: it counts when a chunk is whole."""
+    if detector.is_always_on:
+        return NEVER if state.is_speech else 0
+    limit_ms = detector.cfg.stop_ms if state.is_speech else detector.cfg.min_speech_ms
+    # Only the other kind of frames brings it, in a row.
+    run = state.run_samples if state.is_voiced != state.is_speech else 0
+    n_frames = -(-(limit_ms * SAMPLE_RATE_HZ // 1000 - run) // detector.frame_samples)
+    return max(1, n_frames) * detector.frame_samples - (state.n_in - state.n_judged)
 
 
 def flush(detector: Detector, state: VadState) -> tuple[VadState, list[SegmentEvent]]:

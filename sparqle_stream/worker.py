@@ -119,7 +119,8 @@ class Worker:
             if waiting_s <= self.cfg.backlog_s:
                 stream.put(pcm)
                 self._metrics.audio_seconds += len(pcm) / SAMPLE_RATE_HZ
-                self._change.notify_all()
+                if stream.has_work:
+                    self._change.notify_all()
                 return
             self._metrics.backlogs += 1
             stream.phase = Phase.FAILED
@@ -149,6 +150,9 @@ class Worker:
         """For `Stream.wait_for_room`."""
         wanted = min(seconds, self.cfg.backlog_s)
         with self._change:
+            if stream.room_s < wanted:  # what waits in the inbox is in the way
+                stream.n_patient = 0
+                self._change.notify_all()
             return self._change.wait_for(
                 lambda: stream.phase is Phase.CLOSED or stream.room_s >= wanted, timeout
             )
@@ -272,6 +276,8 @@ class Worker:
             stream.n_begun += sum(isinstance(event, SegmentStart) for event in found)
             if item is Mark.FLUSH:
                 stream.flushes.append((stream.n_begun, stream.n_received - stream.n_inbox))
+        with self._change:
+            stream.n_patient = session.patience
         for event in session.announce():
             self._emit(stream, event)
         self._tell_flushed(stream)

@@ -237,6 +237,20 @@ def test_silence_makes_room_without_a_step(tiny_engine):
     assert tiny_engine.metrics().steps == 0
 
 
+def test_what_no_event_can_follow_from_waits_for_more(tiny_engine):
+    """In silence at least `min_speech_ms` must come: five frames of WebRTC's detector."""
+    stream = tiny_engine.open(StreamOptions(vad=VadConfig(kind="webrtc", min_speech_ms=100)))
+    for n_new, n_unheard in ((320, 0), (1_599, 1_599), (1, 0), (100, 100)):
+        stream.feed(np.zeros(n_new, np.float32))
+        time.sleep(0.05)
+        wait_until(lambda n=n_unheard: stream.session and stream.n_inbox == n)
+    assert stream.wait_for_room(1e9, timeout=LONG_S)  # who waits for room has it heard
+    stream.feed(np.zeros(100, np.float32))
+    stream.flush()
+    stream.finish()
+    assert kinds(stream.events()) == ["Ready", "Flushed", "Done"]
+
+
 def test_room_is_waited_for(oracle, monkeypatch):
     gate = Gate(monkeypatch)
     stream = oracle(backlog_s=1.0).open(OPTIONS)

@@ -41,6 +41,7 @@ def test_chunks_hold_every_sample_once(data):
             at = stop
             if data.draw(st.booleans()):
                 got += chunks(queue)
+                assert queue.n_missing == size - (at - begin) % size
         n_quiet = data.draw(st.integers(0, min(50, end - begin)))
         queue.end(at + 7, n_quiet)
         padded = end - begin + max(1, pad - n_quiet)

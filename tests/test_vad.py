@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sparqle_stream import audio, vad
 from sparqle_stream.config import VadConfig
 from sparqle_stream.errors import AudioFormatError, ConfigError, ModelError
-from sparqle_stream.vad import SegmentPause, SegmentStop
+from sparqle_stream.vad import SegmentPause, SegmentStart, SegmentStop
 from tests.vads import CFG, FRAME, by_peak, figures, frames, heard, run, segments_of, talk
 
 REPO = Path(__file__).resolve().parent.parent
@@ -54,6 +54,33 @@ def test_any_cut_equals_one_call_with_flushes(peaks, extra, cuts, preroll_ms, mi
     assert pauses_of(cut) == pauses_of(few)
     assert figures(cut_state) == figures(few_state)
     np.testing.assert_array_equal(cut_state.recent, few_state.recent)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    peaks=st.lists(st.sampled_from([0.0, 0.4, 0.9]), min_size=1, max_size=30),
+    cuts=st.lists(st.integers(1, 3 * FRAME), max_size=12),
+    stop_ms=st.sampled_from([32, 64, 100]),
+    min_speech_ms=st.sampled_from([0, 32, 96]),
+)
+def test_nothing_begins_or_ends_before_patience_is_over(peaks, cuts, stop_ms, min_speech_ms):
+    """And with the last sample of it something does, if only one kind of frames comes."""
+    detector = by_peak(replace(CFG, stop_ms=stop_ms, pause_ms=20, min_speech_ms=min_speech_ms))
+    state, pcm = vad.init_state(detector), frames(*peaks)
+    for packet in np.split(pcm, np.cumsum(cuts)):
+        n_waits = vad.patience(detector, state)
+        assert n_waits > 0
+        due, was_speech = state.n_in + n_waits, state.is_speech
+        state, events = vad.step(detector, state, packet)
+        known = [e.known_at for e in events if isinstance(e, SegmentStart | SegmentStop)]
+        assert all(at >= due for at in known)
+        assert known or state.is_speech == was_speech
+    n_waits = vad.patience(detector, state)
+    rest = np.full(n_waits, 0.0 if state.is_speech else 0.9, np.float32)
+    state, early = vad.step(detector, state, rest[:-1])
+    state, late = vad.step(detector, state, rest[-1:])
+    assert not any(isinstance(e, SegmentStart | SegmentStop) for e in early)
+    assert any(isinstance(e, SegmentStart | SegmentStop) for e in late)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -24,7 +24,7 @@ from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.weights import part
 from training.data import AugmentConfig
-from training.hearing import distil_loss, hear, load_ear, load_encoder, mel_of, padded
+from training.hearing import distil_loss, hear, load_ear, load_encoder, mel_of, padded, whole
 from training.loop import Run, main
 from training.losses import consistency
 from training.place import HERE, Place, find_place
@@ -196,7 +196,7 @@ class Trainer(Run):
         if batch.clean is not None and not is_frozen and self.step % cfg.distil_every == 0:
             with torch.no_grad():
                 clean = mel_of(batch.clean, place.device)
-                target = self.teacher.forward_train(clean, 0, 0, offset.new_zeros(len(clean)))
+                target = whole(self.teacher, clean, ahead)
                 target = target.repeat(n_views, 1, 1)
             heard = frames[:, ahead : ahead + target.shape[1]]
             distil = distil_loss(heard.float(), target.float())

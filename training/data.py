@@ -88,6 +88,7 @@ class AugmentConfig:
     spec_spans: int = 4  # at most, of at most `spec_span` mel frames of 10 ms
     spec_span: int = 30
     codec: float = 0.0  # mu-law, MP3 or Opus at a low rate (training.codecs)
+    offset: float = 1.0  # of streams: their positions begin anywhere, not at 0 as a segment's do
 
 
 class Augmenter:

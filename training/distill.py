@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sparqle_stream.errors import ConfigError
 from training.adapt import freeze
 from training.data import AugmentConfig
-from training.hearing import distil_loss, hear, load_ear, load_encoder, mel_of, padded
+from training.hearing import distil_loss, hear, load_ear, load_encoder, mel_of, padded, whole
 from training.loop import Run, main
 from training.place import HERE, Place, find_place
 from training.settings import read_config
@@ -115,7 +115,7 @@ class Trainer(Run):
         with torch.no_grad():
             assert batch.clean is not None
             clean = mel_of(batch.clean, place.device)
-            target = self.teacher.forward_train(clean, 0, 0, torch.zeros_like(offset)).float()
+            target = whole(self.teacher, clean, ahead).float()
         frames = frames[:, ahead : ahead + target.shape[1]]
         alike = distil_loss(frames.float(), target)
         loss, soft = alike, torch.zeros(())

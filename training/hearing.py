@@ -60,7 +60,19 @@ def hear(
     mel = mel_of(pcm, device).repeat(n_views, 1, 1)
     if rng.random() < augment.spec:
         mel = spec_augment(mel, rng, SILENT_MEL, augment)
-    return mel, torch.tensor([rng.randrange(N_POSITIONS) for _ in mel], device=device)
+    offset = [rng.randrange(N_POSITIONS) if rng.random() < augment.offset else 0 for _ in mel]
+    return mel, torch.tensor(offset, device=device)
+
+
+def whole(teacher: Encoder, mel: Tensor, ahead: int) -> Tensor:
+    """mel (B, 2 T, 80) -> frames (B, T, D) that a teacher has for it with full context.
+
+    Before it lie `ahead` frames of silence, as they do for a student who looks ahead: Whisper's
+    frames of the same speech are others behind silence, and at other positions.
+    """
+    mel = F.pad(mel, (0, 0, 2 * ahead, 0), value=SILENT_MEL)
+    first = torch.zeros(len(mel), dtype=torch.long, device=mel.device)
+    return teacher.forward_train(mel, 0, 0, first)[:, ahead:]
 
 
 def padded(mel: Tensor, ahead: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from training import distill
 from training.corpus import PackWriter
 from training.data import AugmentConfig
 from training.distill import DistillConfig, soft_ctc_loss
-from training.hearing import load_ear, posteriors
+from training.hearing import hear, load_ear, posteriors, whole
 from training.settings import read_config
 from training.sources import Source
 
@@ -72,6 +73,23 @@ def test_look_ahead_moves_no_frame(ear, ahead):
     assert len(heard) == 100
     strange = (heard - heard[20]).abs().sum(dim=1)[10:]  # after the start
     assert abs(strange.argmax().item() + 10 - 50) <= 2
+
+
+@pytest.mark.parametrize("ahead", [0, 4])
+def test_a_student_that_hears_everything_is_its_teacher(ear, ahead):
+    """The same silence before it, the same positions: nothing is left to learn but the masks."""
+    encoder, _ = load_ear(ear, 5)
+    mel = torch.randn(2, 24, 80)
+    student = encoder.forward_train(mel, 0, 0, torch.zeros(2, dtype=torch.long), ahead)
+    teacher = whole(encoder, mel, ahead)
+    torch.testing.assert_close(student[:, ahead:], teacher[:, : 12 - ahead], rtol=1e-5, atol=1e-5)
+
+
+def test_positions_begin_anywhere_in_a_share_of_the_streams():
+    pcm, rng = torch.zeros(200, 640), random.Random(0)
+    for share, low, high in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 190, 200)):
+        _, offset = hear(pcm, rng, AugmentConfig(offset=share), torch.device("cpu"))
+        assert low <= (offset > 0).sum() <= high
 
 
 def test_a_head_is_known_by_its_weights(ear, tmp_path):

@@ -120,7 +120,9 @@ class SegmentQueue:
 
     @property
     def n_missing(self) -> int:
-        """Samples that the open segment's next chunk lacks."""
+        """Samples that the open segment's next chunk lacks: all of it where none is open."""
+        if not self.is_open:
+            return self.chunk_samples
         segment = self._segments[-1]
         return self.chunk_samples - (segment.n_heard - segment.n_taken) % self.chunk_samples
 

@@ -140,9 +140,9 @@ class Session:
 
     @property
     def patience(self) -> int:
-        """Samples that may wait for one another before `listen`: no event is later for it."""
-        n_before_event = vad.patience(self._detector, self._vad)
-        return min(n_before_event, self._queue.n_missing) if self._queue.is_open else n_before_event
+        """Samples that may wait for one another before `listen`: no event is later for it, and a
+        backlog, which holds two chunks, is not filled by it."""
+        return min(vad.patience(self._detector, self._vad), self._queue.n_missing)
 
     @property
     def has_chunk(self) -> bool:

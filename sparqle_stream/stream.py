@@ -137,8 +137,11 @@ class Stream:
 
     @property
     def _is_due(self) -> bool:
-        """A detector called for ten frames at a time costs half of one called for each."""
-        if not self._inbox or self.n_inbox >= self.n_patient:
+        """Something can follow from what was received, or was asked for.
+
+        A detector that is called for ten frames at a time costs half of one called for each.
+        """
+        if self.n_inbox >= self.n_patient:
             return bool(self._inbox)
         return any(isinstance(item, Mark) for item in self._inbox)
 

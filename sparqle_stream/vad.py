@@ -35,7 +35,7 @@ Pcm = npt.NDArray[np.float32]
 SILERO_SAMPLES = 512  # the model's frame at 16 kHz
 SILERO_CONTEXT = 64  # it sees this much of the frame before as well
 WEBRTC_SAMPLES = 320
-NEVER = 1 << 62
+NEVER = 1 << 62  # samples
 FLOOR_DB = -120.0  # level of digital silence
 MAX_PEAK = 100.0  # samples are meant to be in -1..1: beyond this they are something else
 

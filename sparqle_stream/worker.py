@@ -149,13 +149,17 @@ class Worker:
     def wait_for_room(self, stream: Stream, seconds: float, timeout: float | None) -> bool:
         """For `Stream.wait_for_room`."""
         wanted = min(seconds, self.cfg.backlog_s)
-        with self._change:
-            if stream.room_s < wanted:  # what waits in the inbox is in the way
+
+        def is_there() -> bool:
+            if stream.phase is Phase.CLOSED or stream.room_s >= wanted:
+                return True
+            if stream.n_patient:  # what waits in the inbox is in the way
                 stream.n_patient = 0
                 self._change.notify_all()
-            return self._change.wait_for(
-                lambda: stream.phase is Phase.CLOSED or stream.room_s >= wanted, timeout
-            )
+            return False
+
+        with self._change:
+            return self._change.wait_for(is_there, timeout)
 
     def _close_stream(self, stream: Stream, *, is_failure: bool = False) -> bool:
         """Frees the slot; False when that was done before. The row is wiped at its next start."""
@@ -272,12 +276,11 @@ class Worker:
             with self._change:  # what leaves the inbox joins the queue in one go: room is exact
                 session.enqueue(found)
                 stream.n_inbox -= 0 if isinstance(item, Mark) else len(item)
+                stream.n_patient = session.patience
                 self._change.notify_all()  # silence makes room without a step
             stream.n_begun += sum(isinstance(event, SegmentStart) for event in found)
             if item is Mark.FLUSH:
                 stream.flushes.append((stream.n_begun, stream.n_received - stream.n_inbox))
-        with self._change:
-            stream.n_patient = session.patience
         for event in session.announce():
             self._emit(stream, event)
         self._tell_flushed(stream)

@@ -44,6 +44,7 @@ def test_chunks_hold_every_sample_once(data):
                 assert queue.n_missing == size - (at - begin) % size
         n_quiet = data.draw(st.integers(0, min(50, end - begin)))
         queue.end(at + 7, n_quiet)
+        assert queue.n_missing == size
         padded = end - begin + max(1, pad - n_quiet)
         padded += -padded % size
         expected.append(np.pad(ramp(begin, end), (0, padded - (end - begin))))

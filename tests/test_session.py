@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from sparqle_stream import testing
 from sparqle_stream.config import StreamOptions, VadConfig
+from sparqle_stream.session import Session
 from sparqle_stream.testing import oracle_engine, say, text_of, vocabulary, words_of
 
 OFF = VadConfig(kind="off")
@@ -74,3 +79,29 @@ def test_times_of_words_know_nothing_of_the_delay(engine, chunk_ms):
         assert max(late) <= (delay_ms + chunk_ms) / 1000 + 0.081
     assert len(said[0]) == 12
     assert all(words == said[0] for words in said.values())
+
+
+def test_patience_ends_with_a_chunk():
+    """However long speech has to last: nobody's backlog is filled by what waits."""
+    options = StreamOptions(vad=VadConfig(kind="webrtc", min_speech_ms=60_000))
+    assert Session(testing.oracle_model(), options, 8).patience == options.chunk_samples
+
+
+def test_who_waits_for_room_is_heard_although_the_worker_was_listening(engine, monkeypatch):
+    entered, opened, listen = threading.Event(), threading.Event(), Session.listen
+
+    def gated(session, pcm):
+        entered.set()
+        assert opened.wait(30)
+        return listen(session, pcm)
+
+    monkeypatch.setattr(Session, "listen", gated)
+    stream = engine.open(StreamOptions(vad=VadConfig(kind="webrtc")))
+    stream.feed(np.zeros(320, np.float32))
+    assert entered.wait(30)
+    stream.feed(np.zeros(100, np.float32))  # may wait, says the worker in a moment
+    with ThreadPoolExecutor() as pool:
+        has_room = pool.submit(stream.wait_for_room, 1e9, 5.0)
+        time.sleep(0.05)
+        opened.set()
+        assert has_room.result()

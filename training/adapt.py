@@ -196,8 +196,7 @@ class Trainer(Run):
         if batch.clean is not None and not is_frozen and self.step % cfg.distil_every == 0:
             with torch.no_grad():
                 clean = mel_of(batch.clean, place.device)
-                target = whole(self.teacher, clean, ahead)
-                target = target.repeat(n_views, 1, 1)
+                target = whole(self.teacher, clean, ahead).repeat(n_views, 1, 1)
             heard = frames[:, ahead : ahead + target.shape[1]]
             distil = distil_loss(heard.float(), target.float())
             loss = loss + cfg.distil * distil

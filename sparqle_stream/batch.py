@@ -61,7 +61,8 @@ class Batch:
         if not turns:
             return StepResult({}, failed=failed)
         if begins := _prefixes(turns, Start.SEGMENT):
-            self.stages.begin(begins)
+            leads = {row: lead for row in begins if (lead := turns[row].lead) is not None}
+            self.stages.begin(begins, leads)
         if seams := _prefixes(turns, Start.SEAM):
             self.stages.seam(seams, {row: turns[row].n_again for row in seams})
 

@@ -23,7 +23,7 @@ DELAY_MS_RANGE = (0, 960)
 FRAME_LAG_SAMPLES = 640
 LOOK_BACK_SAMPLES = 360  # before a mel frame's own hop
 FLOOR_DB8 = 8.0  # Whisper clamps its log-mel at maximum - 8, in log10 units
-FIRST_PEAK = 0.0  # log10 level that the gain assumes before it has heard anything
+FIRST_PEAK = 0.0  # log10 level that the gain assumes where nothing was heard beforehand
 MEL_TAIL = 3  # mel frames that the encoder's stem looks back
 SILENT_MEL = (1.5 - FLOOR_DB8 + 4.0) / 4.0  # features of digital silence
 
@@ -37,8 +37,9 @@ class FeatureConfig:
     n_mels: int = 80
     max_log10: float = 1.5  # stands in for Whisper's maximum over the utterance
     gain_target: float = 1.0  # log10 level that the automatic gain aims the peaks at
-    gain_max: float = 2.6  # log10 units: 26 dB
+    gain_max: float = 3.6  # log10 units: 36 dB
     gain_decay_per_s: float = 0.2  # log10 units a second: 2 dB/s
+    lead_rise: float = 0.5  # log10 units that a voice becomes louder than its first phones
 
 
 @dataclass(frozen=True, slots=True)

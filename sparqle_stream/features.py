@@ -4,7 +4,8 @@ Contract: strictly causal; S is a multiple of 160 and every step emits exactly S
 Frame i covers samples [160 i - 360, 160 i + 40) and so equals Whisper's centred frame i - 1; that
 is the stage's whole latency (12.5 ms from the centre of a frame to its last sample, rounded up to
 the hop). Two things differ from Whisper: the maximum over the utterance is a constant, and a slow,
-bounded gain lifts quiet speech, both because a stream cannot know its future.
+bounded gain lifts quiet speech, both because a stream cannot know its future. What it does know is
+how loud a segment began by the time the detector was sure of it (`begin_row`).
 """
 
 from __future__ import annotations
@@ -52,6 +53,19 @@ def forget_rows(state: FeatureState, mask: Tensor) -> None:
     """Rows of `mask` (B,) become new streams."""
     state.tail[mask] = 0.0
     state.peak[mask] = FIRST_PEAK
+
+
+def begin_row(cfg: FeatureConfig, state: FeatureState, row: int, lead: Tensor) -> None:
+    """A row starts a new segment, of which lead (L,) has been heard: the gain begins at its level.
+
+    A lead of less than a frame says nothing, and the gain stays what it was.
+    """
+    state.tail[row] = 0.0
+    n_samples = len(lead) // cfg.hop_samples * cfg.hop_samples
+    if n_samples:
+        wave = torch.cat([state.tail[row], lead[:n_samples].to(state.tail)])[None]
+        mel, _ = log_mel(cfg, wave, torch.full_like(state.peak[:1], torch.inf))  # without a gain
+        state.peak[row] = mel.max() * 4.0 - 4.0 + cfg.lead_rise  # the loudest band, in log10
 
 
 def step(

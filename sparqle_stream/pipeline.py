@@ -12,7 +12,7 @@ config.FRAME_LAG_SAMPLES, plus the encoder's look-ahead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -134,13 +134,19 @@ def reset_rows(state: PipelineState, mask: Tensor) -> None:
 
 
 def begin_rows(
-    model: SparqleModel, state: PipelineState, mask: Tensor, prefixes: Sequence[list[int] | None]
+    model: SparqleModel,
+    state: PipelineState,
+    mask: Tensor,
+    prefixes: Sequence[list[int] | None],
+    leads: Mapping[int, Tensor] | None = None,
 ) -> None:
     """Rows of `mask` (B,) begin a segment after a pause, with prefix ids in the LLM's slot.
 
-    The gain of the features stays: it belongs to the speaker, not to the segment.
+    The gain of the features begins where a row's lead (L,) says, and without one it goes on.
     """
     features.reset_rows(state.features, mask)
+    for row, lead in (leads or {}).items():
+        features.begin_row(model.cfg.features, state.features, row, lead)
     _reset_hearing(state, mask)
     llm.reset_rows(state.llm, mask)
     state.llm = llm.prefill(model.llm, state.llm, list(prefixes))

@@ -4,7 +4,8 @@ In: where segments begin, pause and end, PCM (S,) between. Out: chunks (S,), the
 segment's first sample, the last padded with zeros so that look-ahead and delay are through, as far
 as there is no silence at its end. A chunk carries `known_at`, how much of the stream had to be
 heard before it was there, which the detector's hesitation makes later than its own end for the
-first, and whether somebody speaks then. Latency: a chunk leaves with its last sample.
+first, and whether somebody speaks then; the first has all that was heard of the segment by then
+(`lead`). Latency: a chunk leaves with its last sample.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Chunk:
     known_at: int  # stream samples that had to arrive
     segment_end: int | None  # stream sample at which the segment ends; set on its last chunk
     is_paused: bool = False  # nobody speaks at `known_at`
+    lead: Floats | None = None  # (L,) heard of its segment when that was known of; on the first
 
     @property
     def is_first(self) -> bool:
@@ -48,6 +50,11 @@ class _Segment:
     ended_at: int = 0
     is_paused: bool = False  # at the end of the last chunk
     pauses: deque[tuple[int, bool]] = field(default_factory=deque)  # known later: when, on or off
+
+    def lead(self) -> Floats:
+        """(L,) what had been heard of it when it was known of, before anything is taken."""
+        nothing = np.zeros(0, np.float32)
+        return np.concatenate([nothing, *self.parts])[: self.begun_at - self.origin]
 
     def take(self, n: int) -> Floats:
         """The next n samples; zeros where nothing was heard."""
@@ -134,6 +141,7 @@ class SegmentQueue:
     def next_chunk(self) -> Chunk:
         segment = self._segments[0]
         start = segment.n_taken
+        lead = None if start else segment.lead()
         pcm = segment.take(self.chunk_samples)
         self.n_waiting -= max(0, min(segment.n_taken, segment.n_heard) - start)
         known_at = segment.known_at(segment.n_taken)
@@ -147,4 +155,5 @@ class SegmentQueue:
             known_at=known_at,
             segment_end=segment.origin + segment.n_heard if is_last else None,
             is_paused=segment.is_paused_at(known_at),
+            lead=lead,
         )

@@ -49,7 +49,7 @@ class Start(Enum):
     """How a chunk finds the LLM's slot."""
 
     GOES_ON = "goes on"
-    SEGMENT = "segment"  # after a pause: everything but the gain is new
+    SEGMENT = "segment"  # after a pause: everything is new
     SEAM = "seam"  # no pause: only the LLM's slot is new
 
 
@@ -61,6 +61,7 @@ class Turn:
     start: Start
     prefix: list[int] | None  # what a new slot begins with
     n_again: int  # queries that a seam hears again
+    lead: Floats | None = None  # (L,) what was heard of a segment before it was known of
 
 
 @dataclass(slots=True)
@@ -184,7 +185,7 @@ class Session:
         prefix = stages.prefix_ids(self._model.tokenizer, " ".join(filter(None, told)))
         self._slot = _Slot(n_used=len(prefix) + n_again, since=self._chunk.start)
         self._n_segment += 1
-        return Turn(self._chunk.pcm, start, prefix, n_again)
+        return Turn(self._chunk.pcm, start, prefix, n_again, self._chunk.lead)
 
     def hear(self, log_probs: Floats) -> Writer:
         """log_probs (C, V) of the chunk -> who chooses its tokens."""

@@ -57,8 +57,14 @@ class Stages(Protocol):
         """The row becomes a new stream's: nothing of the old one is left to see."""
         ...
 
-    def begin(self, prefixes: Mapping[int, list[int]]) -> None:
-        """Rows begin a segment after a pause, with ids before it; only the gain goes on."""
+    def begin(
+        self, prefixes: Mapping[int, list[int]], leads: Mapping[int, Floats] | None = None
+    ) -> None:
+        """Rows begin a segment after a pause, with ids before it.
+
+        Of some of them a lead (L,) has been heard, which tells how loud they are; the others' gain
+        goes on.
+        """
         ...
 
     def seam(self, prefixes: Mapping[int, list[int]], n_again: Mapping[int, int]) -> None:

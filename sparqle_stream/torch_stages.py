@@ -51,9 +51,12 @@ class TorchStages:
         pipeline.reset_rows(self.state, self._mask([row]))
         self._forget_lengths()
 
-    def begin(self, prefixes: Mapping[int, list[int]]) -> None:
+    def begin(
+        self, prefixes: Mapping[int, list[int]], leads: Mapping[int, Floats] | None = None
+    ) -> None:
         mask = self._mask(list(prefixes))
-        pipeline.begin_rows(self.model, self.state, mask, self._by_row(prefixes))
+        heard = {row: torch.from_numpy(lead) for row, lead in (leads or {}).items()}
+        pipeline.begin_rows(self.model, self.state, mask, self._by_row(prefixes), heard)
         self._forget_lengths()
 
     def seam(self, prefixes: Mapping[int, list[int]], n_again: Mapping[int, int]) -> None:

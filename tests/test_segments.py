@@ -74,6 +74,22 @@ def test_a_chunk_says_what_had_to_be_heard_for_it():
     assert not queue.has_chunk
 
 
+def test_the_first_chunk_has_what_was_heard_when_its_segment_was_known_of():
+    """However much is there by the time it is asked for."""
+    for heard in (115, 118, 150):
+        queue = SegmentQueue(chunk_samples=10, pad_samples=4)
+        queue.begin(100, known_at=115)
+        queue.append(ramp(100, 115))
+        queue.append(ramp(115, heard))
+        first, *others = chunks(queue)
+        np.testing.assert_array_equal(first.lead, ramp(100, 115))
+        assert all(chunk.lead is None for chunk in others)
+    queue = SegmentQueue(chunk_samples=10, pad_samples=4)
+    queue.begin(100, known_at=100)
+    queue.end(100)
+    assert len(queue.next_chunk().lead) == 0
+
+
 def test_a_chunk_knows_whether_somebody_speaks_when_it_is_complete():
     """In whatever order audio and pauses are told and chunks are asked for."""
     told = [(112, True), (125, False), (130, True), (141, False)]

@@ -131,10 +131,14 @@ class OnnxStages:
         self._forget(row, wipe=True)
         self.slots.wipe(row)
 
-    def begin(self, prefixes: Mapping[int, list[int]]) -> None:
+    def begin(
+        self, prefixes: Mapping[int, list[int]], leads: Mapping[int, Floats] | None = None
+    ) -> None:
         for row, prefix in prefixes.items():
             self._forget(row)
             self.slots.leave({row: prefix})
+        for row, lead in (leads or {}).items():
+            self._tune(row, lead)
 
     def seam(self, prefixes: Mapping[int, list[int]], n_again: Mapping[int, int]) -> None:
         for row, prefix in prefixes.items():
@@ -142,6 +146,16 @@ class OnnxStages:
             self.slots.leave({row: prefix})
             if n := n_again.get(row, 0):
                 self.slots.leave_embedded(row, self.recent[row, -n:].copy())
+
+    def _tune(self, row: int, lead: Floats) -> None:
+        """The gain of a row begins at the level of lead (L,), as in `features.begin_row`."""
+        cfg = self.model.cfg.features
+        n_samples = len(lead) // cfg.hop_samples * cfg.hop_samples
+        if n_samples:
+            wave = np.concatenate([np.zeros(LOOK_BACK_SAMPLES, np.float32), lead[:n_samples]])[None]
+            inputs = {"wave": wave, "peak": np.full(1, np.inf, np.float32)}  # without a gain
+            (mel,) = self.model.session("features").run(("mel",), inputs)
+            self.peak[row] = mel.max() * 4.0 - 4.0 + cfg.lead_rise
 
     def _forget(self, row: int, *, wipe: bool = False) -> None:
         self.tail[row] = 0.0

@@ -37,7 +37,8 @@ def play(model, rows, chunks, *, n_rows=3, n_tokens=3, sizes=S, ahead=AHEAD):
     with made.working(1):
         for row in rows:
             made.wipe(row)
-        made.begin({row: stages.prefix_ids(model.tokenizer, "before") for row in rows})
+        leads = {row: 0.03 * noise(S + 7, row) for row in rows}  # what follows is louder
+        made.begin({row: stages.prefix_ids(model.tokenizer, "before") for row in rows}, leads)
         for i in range(chunks):
             pcm = {row: noise(sizes, 100 * row + i) for row in rows}
             result = made.step(pcm, dict.fromkeys(rows, 240), ahead, listener)
@@ -61,6 +62,8 @@ def test_graphs_equal_torch_over_a_stream(graphs, torch_model, sizes, ahead):
             np.testing.assert_allclose(onnx_stages.slots.hidden[row], hidden, atol=atol)
         recent = torch_stages.state.recent[row].numpy()
         np.testing.assert_allclose(onnx_stages.recent[row], recent, atol=TOLERANCE)
+        peak = torch_stages.state.features.peak[row].item()
+        assert onnx_stages.peak[row] == pytest.approx(peak, abs=TOLERANCE)
     assert got == expected
     assert sum(map(len, got[0])) > 0
 

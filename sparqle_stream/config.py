@@ -37,7 +37,7 @@ class FeatureConfig:
     n_mels: int = 80
     max_log10: float = 1.5  # stands in for Whisper's maximum over the utterance
     gain_target: float = 1.0  # log10 level that the automatic gain aims the peaks at
-    gain_max: float = 3.6  # log10 units: 36 dB
+    gain_max: float = 3.5  # log10 units: 35 dB; more would lift digital silence over the floor
     gain_decay_per_s: float = 0.2  # log10 units a second: 2 dB/s
     lead_rise: float = 0.5  # log10 units that a voice becomes louder than its first phones
 

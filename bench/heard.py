@@ -45,10 +45,11 @@ def posteriors(model: Model, options: StreamOptions, pcm: Floats) -> Iterator[Fl
     path: list[Floats] = []
     while session.has_chunk:
         turn = session.next_turn()
-        if turn.start is Start.SEGMENT and path:
-            yield np.concatenate(path)
-            path = []
-            hear.begin()
+        if turn.start is Start.SEGMENT:
+            if path:
+                yield np.concatenate(path)
+                path = []
+            hear.begin(turn.lead)
         path.append(hear(turn.pcm))
     if path:
         yield np.concatenate(path)
@@ -62,11 +63,11 @@ class _Ear:
         self._stages = model.make_stages(1)
         self._stages.wipe(0)
         self._model = model
-        self.begin()
 
-    def begin(self) -> None:
-        """A segment; the gain stays: it belongs to the speaker."""
-        self._stages.begin({0: prefix_ids(self._model.tokenizer, "")})
+    def begin(self, lead: Floats | None) -> None:
+        """A segment, of which lead (L,) was heard when it was known of."""
+        leads = {} if lead is None else {0: lead}
+        self._stages.begin({0: prefix_ids(self._model.tokenizer, "")}, leads)
 
     def __call__(self, pcm: Floats) -> Floats:
         heard: list[Floats] = []

@@ -39,7 +39,7 @@ class Spy:
     ("vad", "chunk_ms", "delay_ms"), [("silero", 320, 240), ("off", 160, 0), ("silero", 640, 500)]
 )
 def test_it_is_what_the_engine_heard(monkeypatch, tiny, clip, vad, chunk_ms, delay_ms):
-    """Frame by frame, in two segments, with the gain that the first one left."""
+    """Frame by frame, in two segments, each with the gain that its own level asks for."""
     options = StreamOptions(chunk_ms=chunk_ms, delay_ms=delay_ms, vad=VadConfig(kind=vad))
     speech, pause = clip[8_000:40_000], np.zeros(16_000, np.float32)
     pcm = np.concatenate([0.05 * speech, pause, speech, pause])

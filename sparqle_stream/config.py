@@ -41,6 +41,10 @@ class FeatureConfig:
     gain_decay_per_s: float = 0.2  # log10 units a second: 2 dB/s
     lead_rise: float = 0.5  # log10 units that a voice becomes louder than its first phones
 
+    def first_peak(self, loudest: float) -> float:
+        """What the gain of a segment begins at; loudest: log-mel of its lead, without a gain."""
+        return loudest * 4.0 - 4.0 + self.lead_rise
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:

@@ -65,7 +65,7 @@ def begin_row(cfg: FeatureConfig, state: FeatureState, row: int, lead: Tensor) -
     if n_samples:
         wave = torch.cat([state.tail[row], lead[:n_samples].to(state.tail)])[None]
         mel, _ = log_mel(cfg, wave, torch.full_like(state.peak[:1], torch.inf))  # without a gain
-        state.peak[row] = mel.max() * 4.0 - 4.0 + cfg.lead_rise  # the loudest band, in log10
+        state.peak[row] = cfg.first_peak(mel.max().item())
 
 
 def step(

@@ -155,7 +155,7 @@ class OnnxStages:
             wave = np.concatenate([np.zeros(LOOK_BACK_SAMPLES, np.float32), lead[:n_samples]])[None]
             inputs = {"wave": wave, "peak": np.full(1, np.inf, np.float32)}  # without a gain
             (mel,) = self.model.session("features").run(("mel",), inputs)
-            self.peak[row] = mel.max() * 4.0 - 4.0 + cfg.lead_rise
+            self.peak[row] = cfg.first_peak(mel.max())
 
     def _forget(self, row: int, *, wipe: bool = False) -> None:
         self.tail[row] = 0.0

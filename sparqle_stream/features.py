@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparqle_kernels import log_mel as spectrum
 from sparqle_stream.config import (
@@ -56,14 +57,12 @@ def forget_rows(state: FeatureState, mask: Tensor) -> None:
 
 
 def begin_row(cfg: FeatureConfig, state: FeatureState, row: int, lead: Tensor) -> None:
-    """A row starts a new segment, of which lead (L,) has been heard: the gain begins at its level.
-
-    A lead of less than a frame says nothing, and the gain stays what it was.
+    """The gain of a row that starts a new segment begins at the level of lead (L,), what has been
+    heard of it; a lead of less than a frame says nothing, and the gain stays what it was.
     """
-    state.tail[row] = 0.0
     n_samples = len(lead) // cfg.hop_samples * cfg.hop_samples
     if n_samples:
-        wave = torch.cat([state.tail[row], lead[:n_samples].to(state.tail)])[None]
+        wave = F.pad(lead[:n_samples].to(state.tail), (LOOK_BACK_SAMPLES, 0))[None]
         mel, _ = log_mel(cfg, wave, torch.full_like(state.peak[:1], torch.inf))  # without a gain
         state.peak[row] = cfg.first_peak(mel.max().item())
 

@@ -219,9 +219,12 @@ def test_a_segment_begins_with_the_gain_that_its_lead_needs(scale):
     pcm = scale * voice(4.0, level=0.1)
     state = features.init_state(WIDE, 3)
     state.peak[:] = torch.tensor([0.7, -0.3, 0.2])  # learned of others
+    state.tail[:] = 1.0
+    features.reset_rows(state, torch.tensor([False, True, False]))
     features.begin_row(WIDE, state, 1, pcm[0, : SAMPLE_RATE_HZ // 2 + 7])
     loudest = peaks(pcm)[:50].max().item()
     assert state.peak.tolist() == pytest.approx([0.7, loudest + WIDE.lead_rise, 0.2], abs=1e-4)
+    assert [row.any().item() for row in state.tail] == [True, False, True]
     _, mel = features.step(WIDE, state, pcm.expand(3, -1), torch.tensor([False, True, False]))
     heard = (mel[1] * 4.0 - 4.0).amax(dim=1)
     assert heard.max().item() == pytest.approx(WIDE.gain_target, abs=WIDE.lead_rise)
@@ -232,8 +235,10 @@ def test_a_lead_without_a_frame_says_nothing(n_samples):
     """As without a detector, which knows of a segment before there is anything to hear."""
     _, state = run(voice(2.0))
     learned = state.peak.clone()
+    features.reset_rows(state, torch.tensor([True]))
     features.begin_row(CFG, state, 0, torch.ones(n_samples))
     assert torch.equal(state.peak, learned)
+    assert not state.tail.any()
 
 
 def test_ten_minutes_leave_the_state_as_large_as_it_was():

@@ -31,7 +31,10 @@ MARGIN = 1.5
 
 
 def slot_scales(model: SparqleModel) -> dict[str, Floats]:
-    """k_i, v_i: (1, KV, 1, d), the number that a step in 8 bits stands for."""
+    """k_i, v_i: (1, KV, 1, d), the number that a step in 8 bits stands for.
+
+    Both channels of k that rotate together have one step: see graphs.llm.
+    """
     made = TorchStages(model, 1)
     options = StreamOptions()
     ahead, pcm = model.cfg.encoder.ahead_frames(options.delay_ms), audio.read_file(CLIP)
@@ -48,8 +51,8 @@ def slot_scales(model: SparqleModel) -> dict[str, Floats]:
         k, v = (x[i, 0, :, :n_rows].float() for x in (state.k, state.v))
         scales[f"k_{i}"], scales[f"v_{i}"] = _steps(_turned(k)), _steps(v.abs())
         if (text := model.text) is not None:  # what was trained may be larger than what is read
-            for name, trained in (("k", text.k[i]), ("v", text.v[i])):
-                least = trained.abs().amax(dim=1)[None, :, None].numpy() / 127.0
+            for name, trained in (("k", _turned(text.k[i])), ("v", text.v[i].abs())):
+                least = trained.amax(dim=1)[None, :, None].numpy() / 127.0
                 scales[f"{name}_{i}"] = np.maximum(scales[f"{name}_{i}"], least)
     return scales
 

@@ -342,28 +342,30 @@ def _heard(g: Graph, w: Weights, log_probs: str, before: str) -> str:
 def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
     """Appends rows to slots: x (M, E), rows of all slots one after another -> hidden (B', E).
 
-    spread (B, S): row of x for each slot and place, M for none; pack (M): place in (B S) of each
-    row of x; last (B'): rows of x whose final-normed hidden is wanted; n_total (B): rows of a slot,
-    the new ones included, less one; n_new (B): new rows of a slot; position (B, S): in its text, of
-    each row; longest (1): L, places of the longest slot, the new ones included, and more than S;
-    unseen (B, 1, S, L): added to a row's scores, of places before it or its own; k_i, v_i
-    (B, KV, N, d): slots, written in place where the caller binds k_out_i, v_out_i to the same
+    spread (B, S): row of x for each slot and place, any where there is none; pack (M, 2): slot and
+    place of each row of x; last (B'): rows of x whose final-normed hidden is wanted; n_total (B):
+    rows of a slot, the new ones included, less one; n_new (B): new rows of a slot; position (B, S):
+    in its text, of each row; longest (1): L, places of the longest slot, the new ones included, and
+    more than S; unseen (B, 1, S, L): added to a row's scores, of places before it or its own; k_i,
+    v_i (B, KV, N, d): slots, written in place where the caller binds k_out_i, v_out_i to the same
     memory. They and the matrices are int8 with `scales` of k_i and v_i (1, KV, 1, d), else float32.
+    Of k_i both channels of a pair that rotates have one scale.
     """
     g = Graph("llm", is_int8=scales is not None)
     x = g.input("x", FLOAT, ["M", cfg.width])
     spread = g.input("spread", INT64, ["B", "S"])
-    pack, last = g.input("pack", INT64, ["M"]), g.input("last", INT64, ["R"])
-    attend = _slot_attention(g, cfg, scales)
-    nothing = g.const(np.zeros((1, w["layers.0.attn.qkv_proj"].shape[0]), np.float32))
+    pack, last = g.input("pack", INT64, ["M", 2]), g.input("last", INT64, ["R"])
+    attend = _slot_attention(g, cfg, is_int8=scales is not None)
     first = g.const(w["layers.0.attn_norm.weight"])
     normed = g.add("SimplifiedLayerNormalization", x, first, epsilon=cfg.rms_eps, axis=-1)
     for i in range(cfg.n_layers):
         part = {k.removeprefix(f"layers.{i}."): v for k, v in w.items()}
-        qkv = g.linear(normed, part["attn.qkv_proj"])
-        rows = g.add("Gather", g.concat(qkv, nothing, axis=0), spread, axis=0)  # (B, S, ...)
-        flat = g.reshape(attend(i, rows), -1, cfg.n_heads * cfg.head_width)
-        mixed = g.add("Gather", flat, pack, axis=0)
+        of_rows, of_mixed = _steps(cfg, scales, i)
+        qkv = g.linear(normed, part["attn.qkv_proj"] * of_rows[:, None])
+        rows = g.add("Gather", qkv, spread, axis=0)  # (B, S, ...)
+        mixed = g.add("GatherND", attend(i, rows), pack)
+        if scales is not None:
+            mixed = g.add("Mul", mixed, g.const(of_mixed))
         out = g.linear(mixed, part["attn.o_proj.weight"])
         normed, x = _add_rms_norm(g, cfg, out, x, part["mlp_norm.weight"])
         both = g.linear(normed, part["mlp.gate_up_proj"])
@@ -377,8 +379,22 @@ def llm(cfg: LlmConfig, w: Weights, scales: Weights | None = None) -> Graph:
     return g
 
 
-def _slot_attention(g: Graph, cfg: LlmConfig, scales: Weights | None) -> Callable[[int, str], str]:
-    """Layer and rows (B, S, Q + K + V) of all slots -> (B, S, Q): K and V go into the slots."""
+def _steps(cfg: LlmConfig, scales: Weights | None, i: int) -> tuple[Floats, Floats]:
+    """Factors of layer i's q, k and v (Q + K + V,), by which k and v count the steps of their 8
+    bits and q k stays as it is, and of what is mixed of the v (Q,)."""
+    n_q, n_kv = cfg.n_heads * cfg.head_width, cfg.n_kv_heads * cfg.head_width
+    if scales is None:
+        return np.ones(n_q + 2 * n_kv, np.float32), np.ones(n_q, np.float32)
+    k, v = (scales[f"{part}_{i}"][0, :, 0] for part in "kv")  # (KV, d)
+    of_q, of_mixed = (np.repeat(x, cfg.n_heads // cfg.n_kv_heads, axis=0).ravel() for x in (k, v))
+    return np.concatenate([of_q, 1 / k.ravel(), 1 / v.ravel()]).astype(np.float32), of_mixed
+
+
+def _slot_attention(g: Graph, cfg: LlmConfig, *, is_int8: bool) -> Callable[[int, str], str]:
+    """Layer and rows (B, S, Q + K + V) of all slots -> (B, S, Q): K and V go into the slots.
+
+    In int8 a step is 1: numbers with steps of their own for every channel take a tenth longer.
+    """
     n_places = places(cfg.n_slot)
     n_total, n_new = g.input("n_total", INT32, ["B"]), g.input("n_new", INT32, ["B"])
     position = g.input("position", INT64, ["B", "S"])
@@ -386,16 +402,17 @@ def _slot_attention(g: Graph, cfg: LlmConfig, scales: Weights | None) -> Callabl
     rope = _rope(g, cfg, n_places)
     head: dict[str, int | str] = {"num_heads": cfg.n_heads, "kv_num_heads": cfg.n_kv_heads}
     head["do_rotary"] = 1
-    if scales is not None:
-        head |= {f"{part}_quant_type": "PER_CHANNEL" for part in "kv"} | {"kv_cache_bit_width": 8}
-    kind = FLOAT if scales is None else INT8
+    step = ""
+    if is_int8:
+        head |= {f"{part}_quant_type": "PER_TENSOR" for part in "kv"} | {"kv_cache_bit_width": 8}
+        step = g.const(np.ones(1, np.float32))
+    kind = INT8 if is_int8 else FLOAT
     slot: Shape = ["B", cfg.n_kv_heads, n_places, cfg.head_width]
 
     def attend(i: int, rows: str) -> str:
         past = [g.input(f"{x}_{i}", kind, slot) for x in "kv"]
         new = [g.declare(f"{x}_out_{i}", kind, slot) for x in "kv"]
-        steps = ["", ""] if scales is None else [g.const(scales[f"{x}_{i}"]) for x in "kv"]
-        inputs = [rows, "", "", *past, n_total, longest, *rope, position, unseen, "", *steps]
+        inputs = [rows, "", "", *past, n_total, longest, *rope, position, unseen, "", step, step]
         mixed = f"mixed_{i}"
         g.add("GroupQueryAttention", *inputs, "", "", n_new, outputs=[mixed, *new], **head)
         return mixed

@@ -36,8 +36,8 @@ class Judge:
     def wipe(self, row: int) -> None:
         """The row is a new stream's; all memory that it will ever use is taken at once."""
         self.plain.wipe(row)
-        for array in self.slots.kv.values():
-            array[self.n_rows + row, :, : self._n_slot] = 0
+        for array in self.slots.kv_of(self.n_rows + row).values():
+            array[:, : self._n_slot] = 0
 
     def judge(
         self, doubts: Mapping[int, list[list[int]]], going: Sequence[int], expect: Expect
@@ -100,6 +100,6 @@ class Judge:
         return []
 
     def _put_prefix(self, text: int) -> None:
-        for name, array in self.slots.kv.items():
-            array[text, :, : self.prefix.n_places] = self.prefix.kv[name]
+        for name, array in self.slots.kv_of(text).items():
+            array[:, : self.prefix.n_places] = self.prefix.kv[name]
         self.slots.length[text] = self.prefix.n_places

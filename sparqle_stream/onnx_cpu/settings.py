@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-FORMAT = 10  # changes with the graphs
+FORMAT = 11  # changes with the graphs
 INDEX = "stages.json"
 DTYPES = ("int8", "float32")  # of the matrices
 DEFAULT_DTYPE = "int8"

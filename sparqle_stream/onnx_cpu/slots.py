@@ -5,21 +5,25 @@ before the next thing that is, in order. A pass reads what waits in all rows tha
 however many rows each has, without padding, and behind it what they expect to pick (speculative
 decoding, Leviathan et al., 2023): rows that do not count before they are picked, and are written
 over when something else is.
+
+A slot has a number, by which it is asked for, and a place in memory. With a prefix for plain text
+there are two for each row, one of captions (number: the row) and one of plain text (numbers behind
+all of these; see `judge.Judge`), whose places are side by side, since they are read together.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from sparqle_stream.errors import ModelError
 from sparqle_stream.onnx_cpu.judge import Judge
 from sparqle_stream.onnx_cpu.memory import sparse_zeros
 from sparqle_stream.onnx_cpu.settings import PASS_ROWS, UNSEEN, places
+from sparqle_stream.onnx_cpu.slot_memory import SlotMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -30,40 +34,37 @@ if TYPE_CHECKING:
     from sparqle_stream.stages import Floats
 
     Ints = npt.NDArray[np.int64]
+    Counts = npt.NDArray[np.int32]
 
 PATIENCE = 8  # rows that may wait for a pass that somebody needs
 
 
 class Slots:
-    """K/V of every row and what waits to be written into it.
-
-    With a prefix for plain text there are more slots than rows: see `judge.Judge`.
-    """
+    """K/V of every row and what waits to be written into it."""
 
     def __init__(self, model: OnnxModel, n_rows: int) -> None:
         cfg, prefix = model.cfg.llm, model.text
         self.model, self.n_slot, self.width = model, cfg.n_slot, cfg.width
-        n_judged, n_rows = n_rows, n_rows if prefix is None else 2 * n_rows
-        shape = (n_rows, cfg.n_kv_heads, places(cfg.n_slot), cfg.head_width)
-        kind, layers = model.kind("llm", "k_0"), range(cfg.n_layers)
-        self.kv = {f"{part}_{i}": sparse_zeros(shape, kind) for i in layers for part in "kv"}
-        self.length = np.zeros(n_rows, np.int32)
-        self.hidden = np.zeros((n_rows, cfg.width), np.float32)  # final-normed, of the last row
-        self._waiting: list[list[Floats]] = [[] for _ in range(n_rows)]
+        n_slots = n_rows if prefix is None else 2 * n_rows
+        self._memory = SlotMemory(model, n_slots)
+        self.kv = self._memory.kv  # (B, KV, N, d) by name, in order of place
+        # Numbers of slots by place, and places by number.
+        self._at = np.arange(n_slots).reshape(-1, n_rows).T.ravel()
+        self._place = np.argsort(self._at)
+        self.length = np.zeros(n_slots, np.int32)
+        self.hidden = np.zeros((n_slots, cfg.width), np.float32)  # final-normed, of the last row
+        self._waiting: list[list[Floats]] = [[] for _ in range(n_slots)]
         # Picks that were read ahead, in order, with the hidden state after each.
-        self._ahead: list[list[tuple[list[int], Floats]]] = [[] for _ in range(n_rows)]
+        self._ahead: list[list[tuple[list[int], Floats]]] = [[] for _ in range(n_slots)]
         # Never written, so it takes no memory: without trees rows see all that is before them.
-        self._all_seen = sparse_zeros((n_rows * PASS_ROWS * places(cfg.n_slot),), np.float32)
-        self._session = model.session("llm")
-        self._binding = self._session.io_binding()
-        for name, array in self.kv.items():
-            value = ort.OrtValue.ortvalue_from_numpy(array)
-            part, layer = name.split("_")
-            self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(f"{part}_out_{layer}", value)
+        self._all_seen = sparse_zeros((n_slots * PASS_ROWS * places(cfg.n_slot),), np.float32)
         self._judge: Judge | None = None
         if prefix is not None:
-            self._judge = Judge(self, prefix, n_judged, model.tokenizer.bos_id)
+            self._judge = Judge(self, prefix, n_rows, model.tokenizer.bos_id)
+
+    def kv_of(self, slot: int) -> dict[str, npt.NDArray[Any]]:
+        """K and V (KV, N, d) of a slot by name, to write into."""
+        return {name: of[self._place[slot]] for name, of in self.kv.items()}
 
     def wipe(self, row: int) -> None:
         """The row is a new stream's."""
@@ -215,54 +216,50 @@ class Slots:
     def _run(self, new: Mapping[int, Floats], last: Ints, trees: Mapping[int, Tree]) -> Floats:
         """Rows behind those that count, of which trees are the last; the hidden states (R, E) of
         some of them, by place."""
-        counts = np.zeros(len(self.length), np.int32)
-        for row, embeds in new.items():
-            counts[row] = len(embeds)
-        x = np.concatenate(list(new.values()))
-        spread = np.full((len(counts), counts.max()), len(x), np.int64)
-        pack = np.empty(len(x), np.int64)
+        block = self._memory.block(self._place[list(new)])
+        slots = self._at[block].tolist()  # of these the pass is made; some may be idle
+        counts = np.array([len(new.get(slot, ())) for slot in slots], np.int32)
+        spread = np.zeros((len(slots), counts.max()), np.int64)
+        pack = np.empty((int(counts.sum()), 2), np.int64)
         at = 0
-        for row, embeds in new.items():
-            n = len(embeds)
-            spread[row, :n] = np.arange(at, at + n)
-            pack[at : at + n] = row * spread.shape[1] + np.arange(n)
+        for slot, embeds in new.items():
+            n, i = len(embeds), slots.index(slot)
+            spread[i, :n] = np.arange(at, at + n)
+            pack[at : at + n, 0], pack[at : at + n, 1] = i, np.arange(n)
             at += n
-        position, unseen = self._places(counts, trees)
+        length = self.length[slots]
+        grown = {slots.index(slot): tree for slot, tree in trees.items()}
+        position, unseen = self._places(length, counts, grown)
         inputs = {
-            "x": x,
+            "x": np.concatenate(list(new.values())),
             "spread": spread,
             "pack": pack,
             "last": last,
             # An idle slot says what it has.
-            "n_total": np.maximum(self.length + counts, 1) - 1,
+            "n_total": np.maximum(length + counts, 1) - 1,
             "n_new": counts,
             "position": position,
             "longest": np.array([unseen.shape[3]], np.int32),
             "unseen": unseen,
         }
-        for name, value in inputs.items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        self._binding.bind_output("hidden")
-        self._session.run_with_iobinding(self._binding)
-        hidden: Floats = self._binding.get_outputs()[-1].numpy()  # bound last
-        return hidden
+        return self._memory.run(block, inputs)
 
     def _places(
-        self, counts: npt.NDArray[np.int32], trees: Mapping[int, Tree]
+        self, length: Counts, counts: Counts, trees: Mapping[int, Tree]
     ) -> tuple[Ints, Floats]:
         """Positions (B, S) of rows, of a tree's nodes by their depth; what they must not see
-        (B, 1, S, L)."""
+        (B, 1, S, L). length, counts (B): rows that slots have, and new ones; trees by index."""
         n_most = int(counts.max())
-        position = self.length[:, None].astype(np.int64) + np.arange(n_most)
+        position = length[:, None].astype(np.int64) + np.arange(n_most)
         # The kernel takes a pass as long as the longest slot for a beginning of all of them.
-        longest = max(int((self.length + counts).max()), n_most + 1)
+        longest = max(int((length + counts).max()), n_most + 1)
         shape = (len(counts), 1, n_most, longest)
         if not trees:
             return position, self._all_seen[: math.prod(shape)].reshape(shape)
         unseen = np.zeros(shape, np.float32)
-        for row, tree in trees.items():
-            end, n = int(counts[row]), len(tree)
-            first = int(self.length[row]) + end - n
-            position[row, end - n : end] = first + np.array(tree.depths)
-            unseen[row, 0, end - n : end, first : first + n][~tree.seen()] = UNSEEN
+        for i, tree in trees.items():
+            end, n = int(counts[i]), len(tree)
+            first = int(length[i]) + end - n
+            position[i, end - n : end] = first + np.array(tree.depths)
+            unseen[i, 0, end - n : end, first : first + n][~tree.seen()] = UNSEEN
         return position, unseen

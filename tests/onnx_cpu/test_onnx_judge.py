@@ -10,6 +10,7 @@ import pytest
 from sparqle_stream import llm as llm_stage
 from sparqle_stream.judge import Judge, n_slots
 from sparqle_stream.onnx_cpu import model as onnx_model
+from sparqle_stream.onnx_cpu.calibrate import slot_scales
 from sparqle_stream.onnx_cpu.export import export
 from sparqle_stream.onnx_cpu.slots import PATIENCE, Slots
 from sparqle_stream.testing import ByteTokenizer
@@ -138,6 +139,14 @@ def test_plain_text_is_read_along_with_captions(slots, monkeypatch):
     slots.read({0: []})
     slots.judge({0: [[99, 98], [97]]}, [0], nothing)
     assert passes == [{0: 4, N_ROWS: 2}, {N_ROWS: 1}]
+
+
+def test_channels_that_rotate_together_have_one_step(judging):
+    """Else rows of q and k could not carry the steps, which they do before they rotate."""
+    for name, steps in slot_scales(judging).items():
+        if name.startswith("k"):
+            first, second = np.split(steps, 2, axis=-1)
+            np.testing.assert_array_equal(first, second)
 
 
 def test_captions_are_those_of_slots_without_doubts(graphs):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparqle_stream.onnx_cpu.settings import PASS_ROWS
+from sparqle_stream.onnx_cpu.slot_memory import SlotMemory
 from sparqle_stream.onnx_cpu.slots import Slots
 
 TOLERANCE = 1e-4  # rows of one pass or of two are added in another order
@@ -132,6 +133,40 @@ def test_any_guesses_give_the_same(slots, plain, graphs, seed):
             for each in (slots, plain):
                 each.leave(over)
             going = {row: new for row, new in left.items() if row not in over}
+
+
+@pytest.mark.parametrize(
+    ("needed", "block"),
+    [([3], (3, 4)), ([4, 5], (4, 6)), ([1, 2], (0, 4)), ([6], (6, 7)), ([3, 5], (0, 7))],
+)
+def test_a_pass_is_given_the_slots_it_needs(graphs, needed, block):
+    found = SlotMemory(graphs, 7).block(np.array(needed))
+    assert (found.start, found.stop) == block
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_block_gives_the_same(graphs, seed):
+    """Rows in slots of their own and in slots far apart, with what idle ones hold between them."""
+    chance = random.Random(seed)
+    near, far = Slots(graphs, 2), Slots(graphs, 7)
+    places = dict(enumerate(chance.sample(range(7), 2)))
+    for row in set(range(7)) - set(places.values()):
+        far.leave_embedded(row, embeds(graphs, 9, seed=row))
+    far.read(dict.fromkeys(range(7), []))
+    for chunk in range(6):
+        for row in (row for row in places if chance.random() < 0.7):
+            new = embeds(graphs, chance.randrange(1, 6), seed=9 * chunk + row)
+            near.leave_embedded(row, new)
+            far.leave_embedded(places[row], new)
+        near.read({0: [], 1: []})
+        far.read({places[0]: [], places[1]: []})
+        for row, place in places.items():
+            n = int(near.length[row])
+            assert far.length[place] == n
+            np.testing.assert_allclose(far.hidden[place], near.hidden[row], atol=TOLERANCE)
+            for name, kept in near.kv_of(row).items():
+                theirs = far.kv_of(place)[name]
+                np.testing.assert_allclose(theirs[:, :n], kept[:, :n], atol=TOLERANCE)
 
 
 def pick(chance):

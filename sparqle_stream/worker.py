@@ -136,9 +136,10 @@ class Worker:
         with self._change:
             if stream.phase is not Phase.OPEN:
                 return
+            # In this order: who runs beside us takes a draining stream without anything for heard.
+            stream.put(mark)
             if mark is Mark.FINISH:
                 stream.phase = Phase.DRAINING
-            stream.put(mark)
             self._change.notify_all()
 
     def cancel(self, stream: Stream) -> None:

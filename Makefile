@@ -55,9 +55,9 @@ pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Nothing is timed on a busy machine, unless: make bench BENCH_ARGS=--force
-bench: $(VENV)/.installed-dev ## accuracy, latency, throughput, soak into bench/results; the page of them
+bench: $(VENV)/.installed-dev ## accuracy, latency, start, flips, throughput, soak into bench/results; the page of them
 	$(BIN)/sparqle-stream models pull
-	set -e; for bench in accuracy latency throughput soak; do \
+	set -e; for bench in accuracy latency start flips throughput soak; do \
 	  $(BIN)/python -m bench.$$bench $(BENCH_ARGS) --output bench/results/$$bench.json; \
 	done
 	$(BIN)/python -m bench.compare $(BENCH_ARGS) --output bench/results/compare.json

@@ -4,9 +4,10 @@ In: folders with a manifest (bench.manifests says of what kinds); without any, t
 Every recording goes through the engine as a stream of its own; what is scored is what a client that
 appends every final has at the end, never anything provisional or revised. --condition changes what
 the engine hears (bench.conditions), --long-form joins recordings first and runs them beside the
-same ones cut at utterances (bench.long_form). --offline asks what the same weights do for whoever
-has the whole recording and time: the longest chunk and delay that the engine has. --reference runs
-another recogniser on the same recordings (bench.references).
+same ones cut at utterances (bench.long_form). --offline is streaming, too: with the longest chunk
+and delay that the engine has, for whoever can wait that long. --reference runs another recogniser
+on the same recordings (bench.references). Ctrl-C ends it with what is done: "interrupted" is in
+the result then, sets are cut short, and what comes last (CTC, references) may be missing.
 Out: one JSON document. Per folder: WER with intervals, per speaker, last words, revisions, delays
 in stream time, and the WER of the greedy CTC path of the same encoder in the same segments; of a
 condition and of joined recordings also the ratio to the clean ones (`to_clean`) and to the same cut
@@ -25,8 +26,9 @@ import argparse
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,17 +44,20 @@ from bench import (
     settings,
     writing,
 )
-from bench.captioned import Captioned, caption, hear, warm_up
+from bench.captioned import Captioned, hear, warm_up, with_bar
 from bench.captioned import timing as timing_of
 from bench.delays import Delays, algorithmic
 from sparqle_stream import messages
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from bench.manifests import RecordingSet
+    from bench.manifests import Recording, RecordingSet
     from bench.settings import Settings
+    from sparqle_stream.engine import Engine
     from sparqle_stream.models import Model
+
+    Json = dict[str, Any]
 
 FALSE_WORDS_SHOWN = 10
 
@@ -63,10 +68,10 @@ def measure(
     sets: Sequence[RecordingSet],
     *,
     with_ctc: bool = True,
-    transcripts: Path | None = None,
+    transcripts: list[Json] | None = None,
     reference: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The whole benchmark; `transcripts` gets a line per recording, for looking at dev sets."""
+) -> Json:
+    """The whole benchmark; `transcripts` gets an entry per recording, for looking at dev sets."""
     from sparqle_stream.engine import Engine
 
     scorer = scoring.Scorer()
@@ -76,16 +81,18 @@ def measure(
     with closing(Engine(model, wanted.engine_config())) as engine:
         warm_up(engine, wanted, sets)
         start = time.perf_counter()
-        captioned = [caption(engine, wanted, s) for s in sets]
+        captioned, is_whole = _caption_all(engine, wanted, sets)
         wall_s = time.perf_counter() - start
-    timing = timing_of([c for of_set in captioned for c in of_set])
-    timing |= under.summary()
+    sets = sets[: len(captioned)]
+    every_one = [c for of_set in captioned for c in of_set]
+    timing = timing_of(every_one) | under.summary()
     # Seconds of audio that the whole machine captioned in a second.
     timing["rtfx"] = round(timing["audio_seconds"] / wall_s, 2)
     if with_ctc:
-        hear(model, wanted, [one for of_set in captioned for one in of_set])
+        is_whole = is_whole and _is_done(lambda: hear(model, wanted, every_one))
+        with_ctc = is_whole
     if transcripts is not None:
-        _write_transcripts(transcripts, sets, captioned)
+        transcripts += _texts(sets, captioned)
     result = {
         "bench": "accuracy",
         "mode": wanted.mode,
@@ -96,10 +103,53 @@ def measure(
         "conditions": conditions.facts_of(sets),
         "sets": _reports(scorer, sets, captioned, with_ctc),
     }
-    if reference:
-        rows = references.measure(reference, wanted, sets, scorer)
+    if reference and is_whole:
+        rows: list[Json] = []
+        is_whole = _is_done(
+            lambda: rows.extend(references.measure(reference, wanted, sets, scorer))
+        )
         result["references"] = [*rows, *references.published()]
-    return result
+    return result if is_whole else result | {"interrupted": True}
+
+
+def _caption_all(
+    engine: Engine, wanted: Settings, sets: Sequence[RecordingSet]
+) -> tuple[list[list[Captioned]], bool]:
+    """Of each set the recordings that were done, in their order; False where Ctrl-C ended it.
+
+    What streams at that moment is lost, and with nothing done it stays a KeyboardInterrupt.
+    """
+    done: list[list[Captioned]] = []
+    pool = ThreadPoolExecutor(wanted.n_streams)
+
+    def one(recording: Recording) -> Captioned:
+        events = engine.transcribe(recording.pcm(), wanted.stream_options())
+        return Captioned(recording, [e for e in events if not isinstance(e, messages.Tail)])
+
+    try:
+        for of_set in sets:
+            results = pool.map(one, of_set.recordings)
+            bar = with_bar(results, f"captions {of_set.label}", len(of_set.recordings))
+            done.append([])
+            for captioned in bar:
+                done[-1].append(captioned)
+    except KeyboardInterrupt:
+        done = [of_set for of_set in done if of_set]
+        if not done:
+            raise
+        return done, False
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # closing the engine ends what streams
+    return done, True
+
+
+def _is_done(work: Callable[[], object]) -> bool:
+    """False where Ctrl-C ended it."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def _with_cuts(sets: Sequence[RecordingSet]) -> list[RecordingSet]:
@@ -120,8 +170,8 @@ def _reports(
     sets: Sequence[RecordingSet],
     captioned: Sequence[Sequence[Captioned]],
     with_ctc: bool,
-) -> list[dict[str, Any]]:
-    """Every set as JSON; then what one is to another."""
+) -> list[Json]:
+    """Every set as JSON; then what one is to another, of sets that are whole."""
     reports = [_report(scorer, *item, with_ctc) for item in zip(sets, captioned, strict=True)]
     scored = []
     for of_set, captions in zip(sets, captioned, strict=True):
@@ -129,18 +179,21 @@ def _reports(
         tallies = [scorer.score(c.recording.text, c.text) for c in speech]
         scored.append(ratios.Scored(of_set, [c.recording for c in speech], tallies))
     for report, one in zip(reports, scored, strict=True):
-        if one.speech:
+        if one.speech and "interrupted" not in report:
             report["speech"] |= ratios.all_of(one, scored)
     return reports
 
 
 def _report(
     scorer: scoring.Scorer, recordings: RecordingSet, captioned: Sequence[Captioned], with_ctc: bool
-) -> dict[str, Any]:
+) -> Json:
     """One folder as JSON: what all its recordings share, then speech, then noise."""
+    is_whole = len(captioned) == len(recordings.recordings)
+    if not is_whole:
+        recordings = replace(recordings, recordings=tuple(c.recording for c in captioned))
     speech = [c for c in captioned if c.recording.text]
     noise = [c for c in captioned if not c.recording.text]
-    report: dict[str, Any] = {
+    report: Json = {
         "name": recordings.name,
         "condition": recordings.condition,
         "corpora": recordings.corpora,
@@ -151,6 +204,8 @@ def _report(
         "revisions": sum(scoring.n_revisions(c.events) for c in captioned),
         "warnings": sum(isinstance(e, messages.Warning) for c in captioned for e in c.events),
     } | timing_of(captioned)
+    if not is_whole:
+        report["interrupted"] = True
     if recordings.joined_to_s is not None:
         report["long_form"] = long_form.facts(recordings)
     if speech:
@@ -160,9 +215,7 @@ def _report(
     return report
 
 
-def _speech(
-    scorer: scoring.Scorer, captioned: Sequence[Captioned], with_ctc: bool
-) -> dict[str, Any]:
+def _speech(scorer: scoring.Scorer, captioned: Sequence[Captioned], with_ctc: bool) -> Json:
     tallies = [scorer.score(c.recording.text, c.text) for c in captioned]
     speakers = scoring.by_speaker(
         (c.recording.speaker, t) for c, t in zip(captioned, tallies, strict=True)
@@ -175,6 +228,7 @@ def _speech(
         "wer_interval_95_speakers": scoring.interval(list(speakers.values())),
         "speakers": {name: scoring.summary(tally) for name, tally in speakers.items()},
         "delays_stream_time": delays.summary(),
+        "segments_without_words": delays.n_without_words,
         "word_times_from": "the engine's CTC path",
         "words_with_unsure_end": delays.n_unsure,
         "writing": writing.summary((c.recording.text, c.text) for c in captioned),
@@ -185,43 +239,46 @@ def _speech(
     return report
 
 
-def _noise(captioned: Sequence[Captioned]) -> dict[str, Any]:
+def _noise(captioned: Sequence[Captioned]) -> Json:
     """Every word that was shown is false, fillers and bracketed ones too: nothing is normalised."""
-    words = {c.recording.id: c.text.split() for c in captioned}
-    n_words = sum(map(len, words.values()))
+    words = [(c.recording.id, c.text.split()) for c in captioned]  # ids may be there twice
+    n_words = sum(len(said) for _, said in words)
     minutes = sum(c.done.duration for c in captioned) / 60
     return {
         "minutes": round(minutes, 2),
         "false_words": n_words,
         "false_words_per_minute": round(n_words / minutes, 2) if minutes else None,
-        "recordings_with_words": sum(bool(said) for said in words.values()),
+        "recordings_with_words": sum(bool(said) for _, said in words),
         "worst": {
             name: {"words": len(said), "first": " ".join(said[:FALSE_WORDS_SHOWN])}
-            for name, said in sorted(words.items(), key=lambda item: -len(item[1]))[:3]
+            for name, said in sorted(words, key=lambda item: -len(item[1]))[:3]
             if said
         },
     }
 
 
-def _write_transcripts(
-    path: Path, sets: Sequence[RecordingSet], captioned: Sequence[Sequence[Captioned]]
-) -> None:
-    with path.open("w") as file:
-        for of_set, captions in zip(sets, captioned, strict=True):
-            for one in captions:
-                words = [
-                    asdict(w) for e in one.events if isinstance(e, messages.Final) for w in e.words
-                ]
-                entry = {
-                    "set": of_set.name,
-                    "condition": of_set.condition,
-                    "id": one.recording.id,
-                    "reference": one.recording.text,
-                    "text": one.text,
-                    "greedy_ctc": one.heard,
-                    "words": words,
-                }
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+def _texts(
+    sets: Sequence[RecordingSet], captioned: Sequence[Sequence[Captioned]]
+) -> Iterator[Json]:
+    """What was to be said and what was written, of each recording."""
+    for of_set, captions in zip(sets, captioned, strict=True):
+        for one in captions:
+            finals = [e for e in one.events if isinstance(e, messages.Final)]
+            yield {
+                "set": of_set.name,
+                "condition": of_set.condition,
+                "id": one.recording.id,
+                "reference": one.recording.text,
+                "text": one.text,
+                "greedy_ctc": one.heard,
+                "words": [asdict(word) for event in finals for word in event.words],
+            }
+
+
+def _write_transcripts(path: Path, entries: Sequence[Json]) -> None:
+    with settings.writing(path, "--transcripts"), path.open("w", encoding="utf-8") as file:
+        for entry in entries:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 # --- command -----------------------------------------------------------------------------------
@@ -238,7 +295,7 @@ def parser() -> argparse.ArgumentParser:
     some.add_argument("--every", type=int, default=1, metavar="N", help="each n-th recording")
     some.add_argument("--limit", type=int, metavar="N", help="the first n recordings")
     add("--batch", type=int, default=1, metavar="N", help="streams at once, for speed (1)")
-    add("--offline", action="store_true", help="longest chunk and delay")
+    add("--offline", action="store_true", help="stream with the longest chunk and delay")
     add(
         "--condition",
         action="append",
@@ -293,8 +350,9 @@ def _sets(args: argparse.Namespace) -> list[RecordingSet]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    transcripts: list[Json] = []
 
-    def run() -> dict[str, Any]:
+    def run() -> Json:
         wanted = settings.from_args(args, n_streams=args.batch)
         if args.offline:
             wanted = wanted.offline()
@@ -304,18 +362,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = _sets(args)
         if not args.force:
             machine.require_free(is_forced=False)
-        result = measure(
+        return measure(
             wanted.load_model(),
             wanted,
             sets,
             with_ctc=not args.without_ctc,
-            transcripts=args.transcripts,
+            transcripts=transcripts if args.transcripts else None,
             reference=args.reference,
         )
-        plots.draw(result, args.plot)
-        return result
 
-    return settings.run_and_print(run, args.output)
+    then: list[Callable[[Json], None]] = [lambda result: plots.draw(result, args.plot)]
+    if args.transcripts:
+        then.append(lambda _: _write_transcripts(args.transcripts, transcripts))
+    places = [("--transcripts", args.transcripts)]
+    return settings.run_and_print(run, args.output, places, then)
 
 
 if __name__ == "__main__":

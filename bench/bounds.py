@@ -19,12 +19,18 @@ PROBE_BYTES = 1 << 28  # several times the last-level cache of most machines
 PROBE_TIMES = 5
 
 
-def of_chunk(model: Model, chunk_ms: int, read_gb_s: float | None = None) -> dict[str, Any]:
-    """The least time for one chunk of one stream: every weight but the vocabulary read once.
+def of_chunk(
+    model: Model, chunk_ms: int, read_gb_s: float | None = None, compute: str = "cpu"
+) -> dict[str, Any] | None:
+    """The least time for a chunk of one stream whose queries are read, as `llm` does in one pass:
+    every weight but the vocabulary once. None on CUDA, whose memory is not what is measured here.
 
     `vocabulary_mb` is read once more for every token that is written, `llm_mb` for every token
-    after the first.
+    after the first. It is no bound where streams share a pass, nor over chunks in which the LLM
+    reads nothing: those cost `chunk_ms_at_least` less `llm_mb`.
     """
+    if compute != "cpu":
+        return None
     bandwidth = bandwidth_of_stream(model) if read_gb_s is None else read_gb_s
     sizes = weight_megabytes(model)
     chunk = sum(mb for part, mb in sizes.items() if part != "vocabulary")

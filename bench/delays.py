@@ -5,7 +5,8 @@ wall-clock arrival since the start can be compared with it. Given `Event.time` a
 algorithmic (what had to be heard); given a clock's it has the computing in it.
 
 Where a word begins and ends is the engine's own CTC path (`Word.start`, `Word.end`, 40 ms steps),
-not an independent aligner's.
+not an independent aligner's. So the first word of a segment is the first that was written: one that
+was missed before it makes the wait look shorter. bench.aligned counts from the first that was said.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sparqle_stream.messages import Event
 
 PERCENTILES = (50, 90, 95, 99)
+FEWEST = {"p95": 20, "p99": 100}  # values that have one above it; of fewer it is not shown
 Percentiles = dict[str, float | int | None]
 
 
@@ -33,11 +35,13 @@ class Delays:
     emission: list[float] = field(default_factory=list)  # end of a word -> the word
     first_word: list[float] = field(default_factory=list)  # start of a segment's first word -> it
     end_to_final: list[float] = field(default_factory=list)  # end of its last word -> last final
+    n_without_words: int = 0  # segments for which nothing was written: they waited for nothing
 
     def extend(self, other: Delays) -> None:
         self.emission += other.emission
         self.first_word += other.first_word
         self.end_to_final += other.end_to_final
+        self.n_without_words += other.n_without_words
 
     @property
     def n_unsure(self) -> int:
@@ -59,15 +63,21 @@ def measure(arrivals: Iterable[tuple[float, Event]]) -> Delays:
     """(arrival, event) of one stream -> its delays. A segment ends with SpeechStopped, or Done."""
     delays = Delays()
     last: tuple[float, float] | None = None  # arrival of the segment's last final, end of its word
+    is_open = False  # a segment has begun
     for arrival, event in arrivals:
         if isinstance(event, messages.Final) and event.words:
             delays.emission += [arrival - word.end for word in event.words]
             if last is None:
                 delays.first_word.append(arrival - event.words[0].start)
             last = arrival, event.words[-1].end
-        elif isinstance(event, messages.SpeechStopped | messages.Done) and last is not None:
-            delays.end_to_final.append(last[0] - last[1])
-            last = None
+        elif isinstance(event, messages.SpeechStarted):
+            is_open = True
+        elif isinstance(event, messages.SpeechStopped | messages.Done):
+            if last is not None:
+                delays.end_to_final.append(last[0] - last[1])
+            elif is_open:
+                delays.n_without_words += 1
+            last, is_open = None, False
     return delays
 
 

@@ -27,6 +27,7 @@ class Vllm:
     RATE_HZ = SAMPLE_RATE_HZ
     LAG_FROM = "the end of the audio to transcription.done"
     ENDS_BY_CLOSING = False
+    TELLS_AT_ENDS = True
 
     def __init__(self, line: Line) -> None:
         self._line = line
@@ -60,6 +61,7 @@ class Deepgram:
     RATE_HZ = SAMPLE_RATE_HZ
     LAG_FROM = "the end of the audio that a Results with words covers"
     ENDS_BY_CLOSING = False
+    TELLS_AT_ENDS = False
 
     def __init__(self, line: Line) -> None:
         self._line = line
@@ -93,6 +95,7 @@ class WhisperLive:
     RATE_HZ = SAMPLE_RATE_HZ
     LAG_FROM = "the end of the latest segment, each time that its text or end has changed"
     ENDS_BY_CLOSING = True
+    TELLS_AT_ENDS = False
 
     def __init__(self, line: Line) -> None:
         self._line = line
@@ -133,6 +136,7 @@ class WhisperLiveKit:
     RATE_HZ = SAMPLE_RATE_HZ
     LAG_FROM = "nothing: it is what the server itself calls remaining_time_transcription"
     ENDS_BY_CLOSING = False
+    TELLS_AT_ENDS = False
 
     def __init__(self, line: Line) -> None:
         self._line = line

@@ -8,7 +8,10 @@ Out: one JSON document. Emission delay of words, first word after the start of s
 to final: algorithmic (stream time that had to be heard) and with compute (wall clock), word ends
 being the engine's own and, with texts, those of a forced alignment (bench.aligned); AL, LAAL and
 DAL (bench.lagging). Compute per chunk and per stage, RTF, the bound of the memory bus. The
-first seconds of the first recording are played before, to warm up. --trace has every chunk.
+first seconds of the first recording are played before, to warm up. --trace has every chunk; it
+costs a little time, and the result says that it was there. Recordings that cannot be played are
+counted as failed, and why goes to stderr. Ctrl-C ends it with what was played, not aligned, and
+"interrupted" in the result.
 
 Contract: refuses to time on a machine that others use, unless --force; the result says so then.
 """
@@ -17,7 +20,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +30,14 @@ from bench.delays import Delays, algorithmic, measure, percentiles_ms
 from bench.trace import Trace
 from sparqle_stream import messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.errors import ConfigError
+from sparqle_stream.errors import ConfigError, SparqleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy as np
     import numpy.typing as npt
+    from tqdm import tqdm
 
     from bench.manifests import Recording, RecordingSet
     from bench.players import Progress, Take
@@ -41,49 +46,71 @@ if TYPE_CHECKING:
     from sparqle_stream.engine import Engine
     from sparqle_stream.models import Model
 
+    Json = dict[str, Any]
     Pcm = npt.NDArray[np.float32]
     Player = Callable[[Pcm, StreamOptions, Progress], Take]
 
 WARM_UP_S = 3.0
 
 
-def run(args: argparse.Namespace, wanted: Settings, sets: Sequence[RecordingSet]) -> dict[str, Any]:
-    """The whole benchmark."""
+@dataclass(slots=True)
+class Played:
+    """Recordings that were played to their end, and their takes."""
+
+    recordings: list[Recording] = field(default_factory=list)
+    takes: list[Take] = field(default_factory=list)
+    n_failed: int = 0
+    is_whole: bool = True  # nobody interrupted
+
+
+def run(
+    args: argparse.Namespace, wanted: Settings, sets: Sequence[RecordingSet], trace: Trace | None
+) -> Json:
+    """The whole benchmark; `trace` gets the spans of an engine that runs here."""
     from bench import bounds, players
 
     model = None if args.url else wanted.load_model()
-    trace = Trace(0.0 if args.virtual else None) if args.trace else None
     recordings = [recording for of_set in sets for recording in of_set.recordings]
     under = machine.Conditions(machine.require_free(is_forced=args.force))
     with ExitStack() as stack:
-        takes = _play_all(_player(args, wanted, model, trace, stack), wanted, recordings)
+        if trace is not None and not args.virtual:
+            trace.restart()
+        played = _play_all(_player(args, wanted, model, trace, stack), wanted, recordings)
+    takes = played.takes
     conditions = {
         "pace": "virtual" if args.virtual else "speed of speech",
         "through": _through(args),
         "packet_ms": 1000 * players.PACKET_SAMPLES // SAMPLE_RATE_HZ,
     } | under.summary()
-    if trace is not None:
-        trace.write(args.trace)
-    return {
+    result = {
         "bench": "latency",
         "settings": wanted.summary() | _told_by_server(args, takes),
         "machine": machine.card(model.weights_hash if model else "", wanted.threads),
         "sets": manifests.summary(sets),
+        "played": len(takes),
+        "failed": played.n_failed,
+        "traced": trace is not None,
         "timing": conditions,
-        "bound": bounds.of_chunk(model, wanted.chunk_ms) if model else None,
-        "aligned": _aligned(model, wanted, recordings, takes) if model else None,
-    } | figures(takes, [len(r.text.split()) for r in recordings])
+        "bound": bounds.of_chunk(model, wanted.chunk_ms, compute=wanted.compute) if model else None,
+        "aligned": _aligned(model, wanted, played) if model else None,
+    } | figures(takes, [len(r.text.split()) for r in played.recordings])
+    return result if played.is_whole else result | {"interrupted": True}
 
 
-def _aligned(
-    model: Model, wanted: Settings, recordings: Sequence[Recording], takes: Sequence[Take]
-) -> dict[str, Any] | None:
-    """Emission delay against aligned word ends, where there are texts."""
+def _aligned(model: Model, wanted: Settings, played: Played) -> Json | None:
+    """Emission delay against aligned word ends, where there are texts and nobody is in a hurry."""
     from bench import aligned
 
-    pairs = zip(recordings, takes, strict=True)
-    texts = [(r.pcm(), r.text, take) for r, take in pairs if r.text]
-    return aligned.measure(model, wanted.stream_options(), texts).summary() if texts else None
+    pairs = zip(played.recordings, played.takes, strict=True)
+    texts = [(r, take) for r, take in pairs if r.text]
+    if not texts or not played.is_whole:
+        return None
+    found = [(r.pcm(), r.text, take) for r, take in texts]
+    try:
+        return aligned.measure(model, wanted.stream_options(), found).summary()
+    except KeyboardInterrupt:
+        played.is_whole = False
+        return None
 
 
 def _player(
@@ -148,7 +175,7 @@ def _told_by_server(args: argparse.Namespace, takes: Sequence[Take]) -> dict[str
     return {"model": ", ".join(sorted(names)), "dtype": "its own"} if args.url else {}
 
 
-def figures(takes: Sequence[Take], n_reference: Sequence[int] = ()) -> dict[str, Any]:
+def figures(takes: Sequence[Take], n_reference: Sequence[int] = ()) -> Json:
     """What is reported of recordings that were played; n_reference: words of their texts, or 0."""
     heard, clocked = Delays(), Delays()
     for take in takes:
@@ -169,6 +196,7 @@ def figures(takes: Sequence[Take], n_reference: Sequence[int] = ()) -> dict[str,
         "with_compute": clocked.summary(),
         "word_times_from": "the engine's CTC path",
         "words_with_unsure_end": heard.n_unsure,
+        "segments_without_words": heard.n_without_words,
         "lagging": _lagging(takes, n_reference or [0] * len(takes)),
         "chunk_compute_ms": percentiles_ms(chunks),
         "stage_ms": {stage: percentiles_ms(seconds) for stage, seconds in of_stages.items()},
@@ -191,27 +219,53 @@ def _lagging(takes: Sequence[Take], n_reference: Sequence[int]) -> dict[str, lag
     return {"algorithmic": lagging.summary(heard), "with_compute": lagging.summary(clocked)}
 
 
-def _play_all(player: Player, wanted: Settings, recordings: Sequence[Recording]) -> list[Take]:
-    """Every recording in turn, after a warm-up on the first."""
-    from tqdm import tqdm
+def _play_all(player: Player, wanted: Settings, recordings: Sequence[Recording]) -> Played:
+    """Every recording in turn, after a warm-up on the first.
+
+    Raises what the warm-up raises, and TakeError where not one recording could be played.
+    """
+    from bench.players import TakeError
 
     options = wanted.stream_options()
     first = recordings[0].pcm()
-    player(first[: int(WARM_UP_S * SAMPLE_RATE_HZ)], options, lambda seconds: None)
-    total_s = sum(r.length_s() for r in recordings)
-    every_s = 0.2 if sys.stderr.isatty() else 60.0
-    with tqdm(
-        total=total_s,
-        desc="plays",
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {remaining} left",
-        file=sys.stderr,
-        mininterval=every_s,
-    ) as bar:
+    with suppress(TakeError):  # said, and counted, when the recording's turn comes
+        player(first[: int(WARM_UP_S * SAMPLE_RATE_HZ)], options, lambda seconds: None)
+    played, total_s = Played(), sum(r.length_s() for r in recordings)
+    with _bar(total_s) as bar:
 
         def progress(seconds: float) -> None:
             bar.update(min(seconds, total_s - bar.n))  # what a container says is not exact
 
-        return [player(r.pcm(), options, progress) for r in recordings]
+        try:
+            for recording in recordings:
+                try:
+                    take = player(recording.pcm(), options, progress)
+                except SparqleError as err:
+                    played.n_failed += 1
+                    bar.write(f"{recording.id} failed: {err.message}", file=sys.stderr)
+                else:
+                    played.recordings.append(recording)
+                    played.takes.append(take)
+        except KeyboardInterrupt:
+            if not played.takes:
+                raise
+            played.is_whole = False
+    if not played.takes:
+        raise TakeError("no recording could be played", hint="the reasons are above")
+    return played
+
+
+def _bar(total_s: float) -> tqdm[Any]:
+    """Seconds that were played of all recordings, on stderr."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total_s,
+        desc="plays",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {remaining} left",
+        file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 60.0,
+    )
 
 
 # --- command -----------------------------------------------------------------------------------
@@ -247,8 +301,9 @@ def _sets(args: argparse.Namespace) -> list[RecordingSet]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    trace = Trace(0.0 if args.virtual else None) if args.trace else None
 
-    def measured() -> dict[str, Any]:
+    def measured() -> Json:
         wanted = settings.from_args(args)
         wanted.stream_options()  # wrong options are said before a model is loaded
         plots.require(args.plot)
@@ -258,11 +313,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifests.require_files(sets)
         if not args.force:
             machine.require_free(is_forced=False)  # before the minutes that loading may take
-        result = run(args, wanted, sets)
-        plots.draw(result, args.plot)
-        return result
+        return run(args, wanted, sets, trace)
 
-    return settings.run_and_print(measured, args.output)
+    def keep_trace(_: Json) -> None:
+        if trace is not None:
+            with settings.writing(args.trace, "--trace"):
+                trace.write(args.trace)
+
+    then = [keep_trace, lambda result: plots.draw(result, args.plot)]
+    return settings.run_and_print(measured, args.output, [("--trace", args.trace)], then)
 
 
 if __name__ == "__main__":

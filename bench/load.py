@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.delays import percentiles_ms
-from bench.targets import End
+from bench.targets import End, Outcome
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError
 
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from bench import machine
     from bench.reel import Reel
-    from bench.targets import Outcome, Target
+    from bench.targets import Target
 
 SHORTEST_S, LONGEST_OF_MEAN = 2.0, 5.0  # of streams that come and go
+SLACK_S = 0.002  # of due times: servers round theirs to milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,10 @@ def play(
     seed: int,
     process: machine.Process,
 ) -> Played:
-    """All streams, at the speed of speech, until the last one has ended."""
+    """All streams, at the speed of speech, until the last one has ended.
+
+    One that fails for a reason that nobody foresaw was dropped; what the others saw stays.
+    """
     rng = np.random.default_rng(seed)
     offsets = rng.integers(0, len(reel.tape), len(bookings)).tolist()
     before, start = process.read(), time.perf_counter()
@@ -95,7 +99,12 @@ async def _play(
         await asyncio.sleep(max(0.0, origin + booking.start_s - time.perf_counter()))
         n_samples = int(booking.seconds * SAMPLE_RATE_HZ)
         packets = reel.packets(offset, n_samples, packet_ms * SAMPLE_RATE_HZ // 1000)
-        return await target.play(packets, booking.seconds)
+        began_at = time.perf_counter()
+        try:
+            return await target.play(packets, booking.seconds)
+        except Exception as err:  # noqa: BLE001 - one stream's failure is its own
+            why = f"{type(err).__name__}: {err}"
+            return Outcome(began_at=began_at, ended_at=time.perf_counter(), why=why)
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(*stream)) for stream in streams]
@@ -105,18 +114,27 @@ async def _play(
 # --- figures -----------------------------------------------------------------------------------
 
 
-def figures(played: Played, *, only_together: bool) -> dict[str, Any]:
-    """What is reported of a load; `only_together`: lags of the time in which all streams ran."""
+def figures(
+    played: Played, *, only_together: bool, is_told_at_ends: bool = False
+) -> dict[str, Any]:
+    """What is reported of a load; `only_together`: lags that fell due while all streams ran.
+
+    By when they fell due, not by when events came: the latest of them come when all is over.
+    `is_told_at_ends` as in `Target`: then the time counts in which the streams end, too.
+    """
     outcomes = played.outcomes
     taken = [o for o in outcomes if o.end is not End.REFUSED]
-    window = _together(taken) if only_together else (-np.inf, np.inf)
-    lags = [lag for o in taken for at, lag in o.lags if window[0] <= at <= window[1]]
+    window = _together(taken, is_told_at_ends) if only_together else (-np.inf, np.inf)
+    lags_of = [_lags_due(o, window) for o in taken]
+    lags = [lag for some in lags_of for lag in some]
     audio_s = sum(o.audio_s for o in taken)
     told = [o for o in taken if o.compute_s is not None]
     told_audio_s, compute_s = sum(o.audio_s for o in told), sum(o.compute_s or 0.0 for o in told)
     return {
         "streams": len(outcomes),
         "lag_ms": percentiles_ms(lags),
+        # Streams that come and go may be too short for a word.
+        "without_lag": sum(not some for some in lags_of) if only_together else None,
         "refused": sum(o.end is End.REFUSED for o in outcomes),
         "dropped": sum(o.end is End.DROPPED for o in outcomes),
         "reasons": sorted({o.why for o in outcomes if o.why}),
@@ -152,26 +170,33 @@ def most_at_once(stays: Sequence[tuple[float, float]]) -> int:
     return most
 
 
-def _together(outcomes: Sequence[Outcome]) -> tuple[float, float]:
-    """Clock seconds from the last beginning to the first end of speech."""
+def _together(outcomes: Sequence[Outcome], is_told_at_ends: bool) -> tuple[float, float]:
+    """Clock seconds from the last beginning to the first end of speech, or to the last."""
     begins = [o.began_at for o in outcomes]
     ends = [o.began_at + o.audio_s for o in outcomes]
-    return max(begins, default=0.0), min(ends, default=0.0)
+    until = max(ends, default=0.0) if is_told_at_ends else min(ends, default=0.0)
+    return max(begins, default=0.0), until
 
 
-def has_kept_up(level_figures: dict[str, Any], limit_ms: float) -> bool:
-    """Nobody turned away or dropped, and p95 of the lag within the limit.
+def _lags_due(outcome: Outcome, window: tuple[float, float]) -> list[float]:
+    begin, end = window[0] - SLACK_S, window[1] + SLACK_S
+    return [lag for at, lag in outcome.lags if begin <= at - lag <= end]
 
-    Raises ConfigError when nothing was captioned: then there is no lag to judge by.
-    """
-    if level_figures["refused"] or level_figures["dropped"]:
+
+def has_kept_up(load_figures: dict[str, Any], limit_ms: float) -> bool:
+    """Nobody turned away or dropped, of everybody a lag, and p95 of the lags within the limit."""
+    if load_figures["refused"] or load_figures["dropped"] or load_figures["without_lag"]:
         return False
-    p95 = level_figures["lag_ms"]["p95"]
-    if p95 is None:
+    p95 = load_figures["lag_ms"]["p95"]
+    return p95 is not None and bool(p95 <= limit_ms)
+
+
+def require_lags(loads: Sequence[dict[str, Any]]) -> None:
+    """Raises ConfigError when every stream was taken and none of them was told anything."""
+    if not any(one["lag_ms"]["n"] or one["refused"] or one["dropped"] for one in loads):
         raise ConfigError(
             "nothing was captioned, so nobody knows the lag", hint="speech, or a longer --seconds"
         )
-    return bool(p95 <= limit_ms)
 
 
 def search(keeps_up: Callable[[int], bool], most: int) -> int:
@@ -190,7 +215,18 @@ def search(keeps_up: Callable[[int], bool], most: int) -> int:
 
 
 def memory_per_stream_mb(levels: Sequence[dict[str, Any]]) -> float | None:
-    """Growth of the resident memory per further stream, from the least to the most of them."""
-    ordered = sorted((int(one["streams"]), float(one["rss_mb"])) for one in levels)
-    (fewest, least_mb), (most, most_mb) = ordered[0], ordered[-1]
-    return round((most_mb - least_mb) / (most - fewest), 2) if most > fewest else None
+    """Growth of the resident memory per further stream that was taken: a line of least squares
+    through the levels that kept up, in the order in which they were played; None with only one.
+
+    What a larger level has taken may stay resident: levels after one do not count.
+    """
+    points: list[tuple[int, float]] = []
+    most = 0
+    for one in levels:
+        if one["kept_up"] and one["streams"] > most:
+            points.append((one["streams"] - one["refused"], one["rss_mb"]))
+        most = max(most, one["streams"])
+    if len(points) < 2:
+        return None
+    n, mb = np.array(points, float).T
+    return round(float(np.polyfit(n, mb, 1)[0]), 2)

@@ -128,30 +128,36 @@ class Process:
 
 
 class Conditions:
-    """What a run is done under, from now on; `busy_before` as `require_free` gave it."""
+    """What a run is done under, from now on; `busy_before` as `require_free` gave it.
 
-    def __init__(self, busy_before: float) -> None:
-        self._busy_before = busy_before
-        self._watch, self._start = Watch(), time.perf_counter()
+    server: a process that belongs to what is measured.
+    """
+
+    def __init__(self, busy_before: float, server: Process | None = None) -> None:
+        self._busy_before, self._load = busy_before, os.getloadavg()
+        self._watch, self._start = Watch(server), time.perf_counter()
 
     def summary(self) -> dict[str, Any]:
+        during = self._watch.others()
         return {
             "wall_seconds": round(time.perf_counter() - self._start, 1),
             "peak_rss_mb": peak_rss_mb(),
+            "load_average_before": [round(load, 2) for load in self._load],
             "others_share_before": round(self._busy_before, 3),
-            "others_share_during": round(self._watch.others(), 3),
-            "machine_was_busy": self._busy_before > MAX_BUSY_SHARE,
+            "others_share_during": round(during, 3),
+            "machine_was_busy": max(self._busy_before, during) > MAX_BUSY_SHARE,
         }
 
 
 class Watch:
     """How much of the machine other processes use, from now on.
 
-    `others` is a share of all cores: 0.5 on two cores means that one of them is taken.
+    `others` is a share of all cores: 0.5 on two cores means that one of them is taken. Ours are
+    this process, its children that have ended, and `server`.
     """
 
-    def __init__(self) -> None:
-        self._psutil = _psutil()
+    def __init__(self, server: Process | None = None) -> None:
+        self._psutil, self._server = _psutil(), server
         self._start = self._spent()
 
     def others(self) -> float:
@@ -165,7 +171,10 @@ class Watch:
         times = self._psutil.cpu_times()._asdict()
         # Guests are counted in user and nice already.
         total = sum(s for name, s in times.items() if not name.startswith("guest"))
-        own = time.process_time()
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        own = time.process_time() + children.ru_utime + children.ru_stime
+        if self._server is not None:
+            own += self._server.read().cpu_s
         return total, total - times["idle"] - times.get("iowait", 0.0), own
 
 

@@ -54,8 +54,8 @@ part() { # NAME LIMIT_S COMMAND...: its stdout into NAME.json, its stderr into N
 timeout 130 "$python" -m pytest -q -m gpu tests/kernels tests/test_cuda_graphs.py \
   >"$out/tests.log" 2>&1 || status=1
 tail -n 1 "$out/tests.log" >&2
-part steps 120 "$python" -m bench.steps --model "$shape" --limit-s 80 --seconds 5
-part kernels 180 "$python" -m bench.kernels --limit-s 140 --streams "${streams[@]}"
+part steps 120 "$python" -m bench.steps --force --model "$shape" --limit-s 80 --seconds 5
+part kernels 180 "$python" -m bench.kernels --force --limit-s 140 --streams "${streams[@]}"
 part latency 50 "$python" -m bench.latency --virtual --compute cuda --model "$model" --force
 part throughput 50 "$python" -m bench.throughput --compute cuda --model "$model" --most 64 \
   --seconds 5 --force

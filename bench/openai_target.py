@@ -29,6 +29,7 @@ class OpenAi:
     RATE_HZ = 24_000  # the only one that the protocol has
     LAG_FROM = "the end of an item's audio, as the server says it, to its completed event"
     ENDS_BY_CLOSING = False
+    TELLS_AT_ENDS = True
 
     def __init__(self, line: Line) -> None:
         self._line = line

@@ -3,25 +3,28 @@
 Contract: a peer is used as it comes, with the threads it is given, and only if its package is
 installed; nothing is fetched. Whisper has random weights of the same shape here, so that nobody
 needs its files: it writes exactly as many tokens as it is told, and its speed and memory are those
-of real weights, but for the early end and the repeats that real ones are prone to.
+of real weights, but for the early end and the repeats that real ones are prone to. What it loads is
+written beforehand, by another process: making it takes more memory than running it.
+Whoever has real weights of others gives them by name (`real_peers`).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench import real_peers
 from bench.socket_target import s16
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     import numpy.typing as npt
 
@@ -44,17 +47,24 @@ SPECIAL = {
     50_362: "<|nospeech|>",
     50_363: "<|notimestamps|>",
 }
+SEED = 0  # of random weights
 PROMPT = [50_258, 50_259, 50_359, 50_363]
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One recogniser in one way of use. `packages`: what must be installed, the version's first."""
+    """One recogniser in one way of use. `packages`: what must be installed, the version's first.
+
+    make: settings, and the folder that `write` wrote or the user gave -> what hears. write: makes
+    what is loaded. wants_weights: a folder of the user's is needed.
+    """
 
     what: str
     packages: tuple[str, ...]
-    make: Callable[[Settings], Hear]
+    make: Callable[..., Hear]
     has_real_weights: bool = False
+    write: Callable[[Path], None] | None = None
+    wants_weights: bool = False
 
     def missing(self) -> str:
         """What is not installed, '' if it can run."""
@@ -70,10 +80,13 @@ class Peer:
             return name
 
 
-def require(name: str) -> None:
-    """Raises ConfigError for a peer whose packages are not installed."""
+def require(name: str, weights: Mapping[str, Path] | None = None) -> None:
+    """Raises ConfigError for a peer whose packages are not installed or whose weights are not
+    given."""
     if what := PEERS[name].missing():
         raise ConfigError(f"{name} needs {what}", hint="pip install -e .[peers]")
+    if PEERS[name].wants_weights and name not in (weights or {}):
+        raise ConfigError(f"{name} needs its weights", hint=f"--weights {name}=FOLDER")
 
 
 def tokens_for(text: str, n_samples: int) -> int:
@@ -135,7 +148,7 @@ def _random_whisper(shape: str) -> Any:  # noqa: ANN401 - transformers has no ty
         encoder_ffn_dim=4 * width,
         decoder_ffn_dim=4 * width,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model: Any = WhisperForConditionalGeneration(cfg)
     return model.eval()
 
@@ -169,22 +182,26 @@ def _transformers(shape: str, wanted: Settings) -> Hear:
     return hear
 
 
-def _ctranslate2(shape: str, wanted: Settings) -> Hear:
-    """int8 and greedy, with the features of faster-whisper, which runs on it."""
-    import ctranslate2
+def _write_ctranslate2(shape: str, folder: Path) -> None:
+    """Random weights in int8 as CTranslate2 loads them."""
     from ctranslate2.converters import transformers as conversion
-    from faster_whisper.feature_extractor import FeatureExtractor
 
     loader = conversion._MODEL_LOADERS["WhisperConfig"]
     spec = loader.get_model_spec(_random_whisper(shape))
     spec.register_vocabulary([SPECIAL.get(i, f"t{i}") for i in range(VOCABULARY)])
     spec.validate()
     spec.optimize(quantization="int8")
-    with tempfile.TemporaryDirectory() as folder:
-        spec.save(folder)
-        model = ctranslate2.models.Whisper(
-            folder, device="cpu", compute_type="int8", intra_threads=wanted.threads
-        )
+    spec.save(str(folder))
+
+
+def _ctranslate2(wanted: Settings, folder: Path) -> Hear:
+    """int8 and greedy, with the features of faster-whisper, which runs on it."""
+    import ctranslate2
+    from faster_whisper.feature_extractor import FeatureExtractor
+
+    model = ctranslate2.models.Whisper(
+        str(folder), device="cpu", compute_type="int8", intra_threads=wanted.threads
+    )
     extract = FeatureExtractor()
 
     def hear(pcm: Pcm, n_tokens: int) -> str:
@@ -235,7 +252,6 @@ def share(n_tokens: int, n_samples: int, n_all: int) -> int:
 
 
 def _whisper(runner: str, shape: str, use: str) -> Peer:
-    make = {"transformers": _transformers, "faster-whisper": _ctranslate2}[runner]
     wrap, when = {
         "offline": (whole, "once over each recording"),
         "growing": (growing, "the audio so far again each second"),
@@ -246,7 +262,18 @@ def _whisper(runner: str, shape: str, use: str) -> Peer:
     }[runner]
     precision = {"transformers": "float32", "faster-whisper": "int8"}[runner]
     what = f"Whisper {shape}, random weights, {precision}, {when}"
-    return Peer(what, packages, lambda wanted: wrap(make(shape, wanted)))
+    if runner == "transformers":
+        return Peer(what, packages, lambda wanted: wrap(_transformers(shape, wanted)))
+    return Peer(
+        what,
+        packages,
+        lambda wanted, folder: wrap(_ctranslate2(wanted, folder)),
+        write=lambda folder: _write_ctranslate2(shape, folder),
+    )
+
+
+def _real(what: str, packages: tuple[str, ...], make: Callable[..., Hear]) -> Peer:
+    return Peer(what, packages, make, has_real_weights=True, wants_weights=True)
 
 
 OURS = "sparqle"
@@ -263,4 +290,15 @@ PEERS: dict[str, Peer] = {
     for runner in ("faster-whisper", "transformers")
     for shape in SHAPES
     for use in ("offline", "growing")
+}
+PEERS |= {
+    "faster-whisper": _real(
+        "real weights, int8, as its defaults have it, each recording at once",
+        ("faster-whisper",),
+        real_peers.faster_whisper,
+    ),
+    "vosk": _real("real weights, streaming, 0.2 s at a time", ("vosk",), real_peers.vosk),
+    "moonshine": _real(
+        "real weights, each recording at once", ("moonshine-voice",), real_peers.moonshine
+    ),
 }

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from sparqle_stream import messages
 from sparqle_stream.batch import Batch
 from sparqle_stream.config import SAMPLE_RATE_HZ
+from sparqle_stream.errors import SparqleError
 from sparqle_stream.session import Session
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ if TYPE_CHECKING:
 PACKET_SAMPLES = SAMPLE_RATE_HZ // 50
 DONE_TIMEOUT_S = 120.0
 VAD = "vad"  # the stage that runs outside of chunks
+
+
+class TakeError(SparqleError):
+    """A stream failed or never ended: its recording was not played."""
+
+    code = "internal"
 
 
 @dataclass(slots=True)
@@ -107,7 +114,10 @@ def play(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Take:
-    """pcm (S,) at the speed of speech through an engine that has no other stream."""
+    """pcm (S,) at the speed of speech through an engine that has no other stream.
+
+    Raises TakeError for a stream that fails, or is not done in time; its slot is free then.
+    """
     take, is_done, meter = Take(), threading.Event(), StepMeter(engine.metrics)
     start = clock()
 
@@ -118,27 +128,33 @@ def play(
 
     stream = engine.open(options, on_event)
     n_fed = 0
-    for packet in packets(pcm):
-        n_fed += len(packet)
-        wait_s = start + n_fed / SAMPLE_RATE_HZ - clock()
-        if wait_s > 0:
-            sleep(wait_s)
-        take.late_s = max(take.late_s, -wait_s)
-        stream.feed(packet)
-        progress(len(packet) / SAMPLE_RATE_HZ)
-        meter.read()
-    stream.finish()
-    while not is_done.wait(PACKET_SAMPLES / SAMPLE_RATE_HZ):
-        meter.read()
-        if clock() - start > n_fed / SAMPLE_RATE_HZ + DONE_TIMEOUT_S:
-            raise TimeoutError(
-                f"the engine was not done {DONE_TIMEOUT_S:g} s after the last packet"
-            )
+    try:
+        for packet in packets(pcm):
+            n_fed += len(packet)
+            wait_s = start + n_fed / SAMPLE_RATE_HZ - clock()
+            if wait_s > 0:
+                sleep(wait_s)
+            take.late_s = max(take.late_s, -wait_s)
+            stream.feed(packet)
+            progress(len(packet) / SAMPLE_RATE_HZ)
+            meter.read()
+        stream.finish()
+        while not is_done.wait(PACKET_SAMPLES / SAMPLE_RATE_HZ):
+            meter.read()
+            if clock() - start > n_fed / SAMPLE_RATE_HZ + DONE_TIMEOUT_S:
+                raise TakeError(f"not done {DONE_TIMEOUT_S:g} s after the last packet")
+    finally:
+        stream.cancel()  # whatever happened, the next recording needs the slot
     meter.read()
-    last = take.arrivals[-1][1]
-    if not isinstance(last, messages.Done):
-        raise RuntimeError(f"the stream failed: {last}")
     meter.fill(take)
+    return _ended(take)
+
+
+def _ended(take: Take) -> Take:
+    """With what its last event says. Raises TakeError for a stream that failed."""
+    last = take.arrivals[-1][1] if take.arrivals else None
+    if not isinstance(last, messages.Done):
+        raise TakeError(f"the stream failed: {last}")
     take.duration, take.compute_seconds = last.duration, last.compute_seconds
     return take
 
@@ -153,7 +169,7 @@ def play_remote(
 ) -> Take:
     """pcm (S,) at the speed of speech to a server; `metrics` if its engine is in this process.
 
-    Raises ServerError for a server that is not there, or refuses.
+    Raises ServerError for a server that is not there, or refuses; TakeError for a failed stream.
     """
     return asyncio.run(_play_remote(url, pcm, query, api_key, progress, metrics))
 
@@ -181,15 +197,11 @@ async def _play_remote(
     async for event in client.stream(url, blocks(), options=query, api_key=api_key):
         since = pace.began_at or time.perf_counter()  # nothing was spoken before the first packet
         take.arrivals.append((time.perf_counter() - since, event))
-    last = take.arrivals[-1][1]
-    if not isinstance(last, messages.Done):
-        raise RuntimeError(f"the stream failed: {last}")
     if meter:
         meter.read()
         meter.fill(take)
-    take.duration, take.compute_seconds = last.duration, last.compute_seconds
     take.late_s = pace.late_s
-    return take
+    return _ended(take)
 
 
 class VirtualEngine:
@@ -211,12 +223,15 @@ class VirtualEngine:
         """pcm (S,) -> what `play` would give on a machine with nothing else to do."""
         session = Session(self._model, options, self._cfg.context_words)
         run = _VirtualRun(self._batch, session, clock)
-        with self._batch.working(self._cfg.threads):
-            self._batch.wipe(0)
-            for packet in packets(pcm):
-                run.hear(packet)
-                progress(len(packet) / SAMPLE_RATE_HZ)
-            run.finish()
+        try:
+            with self._batch.working(self._cfg.threads):
+                self._batch.wipe(0)
+                for packet in packets(pcm):
+                    run.hear(packet)
+                    progress(len(packet) / SAMPLE_RATE_HZ)
+                run.finish()
+        except RuntimeError as err:  # of a step; a live engine says it with an event
+            raise TakeError(f"the stream failed: {err}") from err
         if self._trace is not None:
             run.write(self._trace, self._trace_end)
             self._trace_end += run.take.arrivals[-1][0]

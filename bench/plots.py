@@ -10,6 +10,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.delays import FEWEST
+from bench.settings import require_place, writing
+from bench.tables import interval, was_busy
 from sparqle_stream.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -39,10 +42,11 @@ def require(path: Path | None) -> None:
         raise ConfigError(f"--plot: there is no folder {path.parent}", hint="make it before")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib is not installed", hint="pip install -e .[plot]")
+    require_place(path, "--plot")
 
 
 def draw(result: Json, path: Path | None) -> None:
-    """The plot of a result, if one is wanted."""
+    """The plot of a result, if one is wanted. Raises ConfigError where it cannot be written."""
     if path is None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,7 +55,8 @@ def draw(result: Json, path: Path | None) -> None:
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     _DRAW[result["bench"]](figure, result)
-    figure.savefig(path, dpi=DPI)
+    with writing(path, "--plot"):
+        figure.savefig(path, dpi=DPI)
 
 
 def _throughput(figure: Figure, result: Json) -> None:
@@ -87,9 +92,13 @@ def _latency(figure: Figure, result: Json) -> None:
     for side in ("algorithmic", "with_compute"):
         for name, values in result[side].items():
             if values["p50"] is not None:
+                # No share that so few values cannot tell (bench.delays).
+                told = [i for i, s in enumerate(shares) if values["n"] >= FEWEST.get(s, 1)]
                 style = "-" if side == "with_compute" else "--"
                 label = f"{name.removesuffix('_ms').replace('_', ' ')}, {side.replace('_', ' ')}"
-                axes.plot(shares, [values[s] for s in shares], style, marker="o", label=label)
+                y = [values[shares[i]] for i in told]
+                axes.plot(told, y, style, marker="o", label=label)
+    axes.set_xticks(range(len(shares)), shares)
     axes.set(ylabel="ms", title=_title(result))
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", fontsize="small")
@@ -101,10 +110,10 @@ def _accuracy(figure: Figure, result: Json) -> None:
     axes: Axes = figure.subplots()
     for i, one in enumerate(sets):
         speech = one["speech"]
-        edges = speech["wer_interval_95_speakers"] or speech["wer_interval_95"]
+        edges = interval(speech)
         axes.bar(i, speech["wer_percent"], color="tab:blue")
         if edges:
-            axes.vlines(i, *edges, color="black")
+            axes.vlines(i, edges[0], edges[1], color="black")
     axes.set_xticks(range(len(sets)), [s["name"] for s in sets])
     axes.set(ylabel="WER, %", title=_title(result))
 
@@ -151,7 +160,7 @@ def _compare(figure: Figure, result: Json) -> None:
 
 
 def _title(result: Json) -> str:
-    busy = ", on a busy machine" if result["timing"]["machine_was_busy"] else ""
+    busy = ", on a busy machine" if was_busy(result) else ""
     return f"{result['bench']}: {result['settings']['model']}{busy}"
 
 

@@ -1,7 +1,7 @@
 """Ratios: WER under a condition over the clean one, of joined recordings over their utterances.
 
-Both sides are of one run, and paired: the interval draws speakers (utterances, where there is one
-speaker; joined recordings, against their own parts) with what they have on both sides.
+Both sides are of one run, and paired: the interval draws speakers (utterances, where there are
+fewer than ten; joined recordings, against their own parts) with what they have on both sides.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench import scoring
+from bench.tables import FEWEST_GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,8 +49,8 @@ def _to_clean(one: Scored, scored: Sequence[Scored]) -> Json | None:
 def _by_speaker(
     speakers: Sequence[str], tallies: Sequence[Tally], others: Sequence[Tally]
 ) -> list[tuple[Tally, Tally]]:
-    """Pairs of a speaker's sums; of utterances where all have one speaker."""
-    if len(set(speakers)) < 2:
+    """Pairs of a speaker's sums; of utterances where there are too few speakers to draw from."""
+    if len(set(speakers)) < FEWEST_GROUPS:
         return list(zip(tallies, others, strict=True))
     ours = scoring.by_speaker(zip(speakers, tallies, strict=True))
     theirs = scoring.by_speaker(zip(speakers, others, strict=True))
@@ -70,4 +71,4 @@ def _to_cut(one: Scored, scored: Sequence[Scored]) -> Json | None:
 
 def _ratio(pairs: list[tuple[Tally, Tally]], other: Scored) -> Json:
     wer = round(scoring.total(other.tallies).wer, 2)
-    return {"wer_percent": wer} | scoring.ratio(pairs)
+    return {"wer_percent": wer, "drawn_from": len(pairs)} | scoring.ratio(pairs)

@@ -42,7 +42,8 @@ PUBLISHED = (
 
 def names() -> list[str]:
     """Recognisers that can be asked for."""
-    return [name for name, peer in PEERS.items() if peer.has_real_weights and name != OURS]
+    real = [name for name, peer in PEERS.items() if peer.has_real_weights]
+    return [name for name in real if name != OURS and not PEERS[name].wants_weights]
 
 
 def require(wanted: Sequence[str]) -> None:

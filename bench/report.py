@@ -18,9 +18,11 @@ from bench import (
     report_kernels,
     report_load,
     report_passes,
+    report_start,
     report_tradeoff,
 )
-from bench.tables import Machines, bound, conditions, number, settings, table
+from bench.delays import FEWEST
+from bench.tables import Machines, bound, conditions, interval, number, settings, table, was_busy
 from sparqle_stream.errors import ConfigError, SparqleError
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ Strict streaming throughout: what is scored is the concatenation of the final te
 which they left, nothing provisional, nothing revised."""
 
 ACCURACY_NOTES = """WER over the whole corpus, Whisper's English normaliser on both sides, in per
-cent, with its 95 % bootstrap interval (over speakers where there are several, else utterances).
+cent, with its 95 % bootstrap interval: over speakers where there are ten or more, else the wider of
+those over speakers and over utterances, and none of fewer than ten utterances.
 *CTC alone* is the greedy path of the same encoder in the same segments: what the ear hears before
 the language model writes. *Last word*: utterances whose last word was captioned. *Emission* is the
 time from the end of a word to the audio that had been heard when it left, *end to final* the same
@@ -53,12 +56,16 @@ WRITING_NOTES = """Over the words that captions and reference share, where the r
 capitals and punctuation; a pause (comma, dash) and the end of a sentence are marks of two kinds."""
 
 LATENCY_NOTES = """Recordings played in 20 ms packets, one stream. *Emission* is counted from the
-end of a word: the engine's own, or, for words that were written as said, that of a forced
-alignment. *Heard* is stream time (what had to be heard before a word could leave), *clock* has the
-computing in it. *First word* counts from the beginning of a segment's first word; *chunk* is the
-computing of one chunk without the detector. Pace *virtual* does not wait for the clock: the queue
-of a machine with nothing else to do is kept in books. *AL*, *LAAL*, *DAL*: average, length-adaptive
-and differentiable average lagging."""
+end of a word: the engine's own, or, for words that were written as said (so many of those that were
+said), that of a forced alignment. The aligner is the CTC head of the model under test, and its ends
+are taken 40 ms after its peaks, which come early. *Heard* is stream time (what had to be heard
+before a word could leave), *clock* has the computing in it. *First word* counts from the beginning
+of the first word of a segment that was written, by the engine's own times, so that a missed first
+word makes it shorter; with *aligned starts* of the first that was said, 40 ms before its first
+peak. *Chunk* is the computing of one chunk without the detector. p95 is of 20 values or more, p99
+of 100 or more. Pace *virtual* does not wait for the clock: the queue of a machine with nothing else
+to do is kept in books. *AL*, *LAAL*, *DAL*: average, length-adaptive and differentiable average
+lagging."""
 
 
 def render(results: Sequence[tuple[str, Json]]) -> str:
@@ -123,10 +130,9 @@ def _accuracy(results: Sequence[tuple[str, Json]], machines: Machines) -> list[s
 
 def _speech_row(name: str, result: Json, of_set: Json) -> list[str]:
     speech = of_set["speech"]
-    interval = speech["wer_interval_95_speakers"] or speech["wer_interval_95"]
     wer = f"**{speech['wer_percent']:.1f}**"
-    if interval:
-        wer += f" ({interval[0]:.1f} .. {interval[1]:.1f})"
+    if edges := interval(speech):
+        wer += f" ({edges[0]:.1f} .. {edges[1]:.1f})"
     ctc = speech.get("greedy_ctc")
     delays = speech["delays_stream_time"]
     return [
@@ -138,7 +144,7 @@ def _speech_row(name: str, result: Json, of_set: Json) -> list[str]:
         f"{ctc['wer_percent']:.1f}" if ctc else "-",
         f"{speech['substitutions']} / {speech['deletions']} / {speech['insertions']}",
         f"{speech['last_word_recall_percent']:.1f} %",
-        _two(delays["emission_ms"]) + _unsure(speech, delays["emission_ms"]["n"]),
+        _two(delays["emission_ms"]) + _unsure(speech, delays["emission_ms"]["n"]) + _mute(speech),
         _two(delays["end_of_speech_to_final_ms"]),
         f"`{name}`",
     ]
@@ -187,7 +193,8 @@ def _source(of_set: Json, *more: str) -> str:
 def _files(of_set: Json) -> str:
     n, n_all = of_set["recordings"], of_set["recordings_in_manifest"]
     files = str(n) if n == n_all else f"{n} of {n_all}"
-    return f"{files}, {of_set['failed']} failed" if of_set["failed"] else files
+    files += f", {of_set['failed']} failed" if of_set["failed"] else ""
+    return f"{files}, **interrupted**" if of_set.get("interrupted") else files
 
 
 _RUN_HEAD = (
@@ -198,9 +205,9 @@ _RUN_HEAD = (
 
 def _run_row(name: str, result: Json, machines: Machines) -> list[str]:
     timing, card = result["timing"], result["machine"]
-    rtf = number(timing["rtf"], 3) + (" (machine was busy)" if timing["machine_was_busy"] else "")
+    rtf = number(timing["rtf"], 3) + (" (machine was busy)" if was_busy(result) else "")
     return [
-        f"`{name}`",
+        f"`{name}`" + (" (**interrupted**)" if result.get("interrupted") else ""),
         str(sum(s["revisions"] for s in result["sets"])),
         str(result["settings"]["n_streams"]),
         f"{timing['audio_seconds'] / 60:.1f} min",
@@ -248,13 +255,21 @@ def _latency_facts(result: Json, machines: Machines) -> str:
     timing = result["timing"]
     sets = ", ".join(f"{s['name']} (files: {s['recordings']})" for s in result["sets"])
     return (
-        f"{sets}, {result['audio_seconds']:.0f} s, {settings(result)}, pace: {timing['pace']}, "
-        f"through: {timing['through']}; "
+        f"{sets}{_played(result)}, {result['audio_seconds']:.0f} s, {settings(result)}, "
+        f"pace: {timing['pace']}, through: {timing['through']}; "
         f"RTF **{number(result['rtf'], 3)}**, peak memory {timing['peak_rss_mb']:.0f} MB, "
         f"latest packet {number(result['latest_packet_ms'], 0)} ms late"
-        f"{_unsure(result, result['algorithmic']['emission_ms']['n'])}; "
+        f"{_unsure(result, result['algorithmic']['emission_ms']['n'])}{_mute(result)}"
+        f"{', traced, which costs a little' if result.get('traced') else ''}; "
         f"{conditions(result, machines)}.{bound(result)}"
     )
+
+
+def _played(result: Json) -> str:
+    """What is to be said where not all recordings are in the figures."""
+    failed = f", {result['failed']} failed" if result.get("failed") else ""
+    part = f", **interrupted** after {result['played']}" if result.get("interrupted") else ""
+    return failed + part
 
 
 def _lagging(of_both: Json) -> str:
@@ -271,10 +286,26 @@ def _aligned_rows(result: Json) -> Json:
     aligned = result.get("aligned")
     if not aligned or not aligned["algorithmic_ms"]["n"]:
         return {}
+    n, n_said = aligned["algorithmic_ms"]["n"], aligned.get("words_said")
+    of = "" if n_said is None else f" ({n} of {n_said} words said)"
+    of += f" (files left out: {n_out})" if (n_out := aligned.get("recordings_left_out")) else ""
     return {
-        "emission, aligned ends, heard": aligned["algorithmic_ms"],
-        "emission, aligned ends, clock": aligned["with_compute_ms"],
+        f"emission, aligned ends, heard{of}": aligned["algorithmic_ms"],
+        f"emission, aligned ends, clock{of}": aligned["with_compute_ms"],
     }
+
+
+def _first_rows(result: Json) -> Json:
+    """From the first word that was written, and, where texts are aligned, that was said."""
+    aligned = result.get("aligned") or {}
+    said = {
+        f"first word, aligned starts, {side}": aligned.get(f"first_word_{kind}_ms")
+        for side, kind in (("heard", "algorithmic"), ("clock", "with_compute"))
+    }
+    return {
+        "first word, heard": result["algorithmic"]["first_word_ms"],
+        "first word, clock": result["with_compute"]["first_word_ms"],
+    } | {label: values for label, values in said.items() if values and values["n"]}
 
 
 def _latency_table(result: Json) -> str:
@@ -283,8 +314,7 @@ def _latency_table(result: Json) -> str:
         "emission, heard": heard["emission_ms"],
         "emission, clock": clock["emission_ms"],
         **_aligned_rows(result),
-        "first word, heard": heard["first_word_ms"],
-        "first word, clock": clock["first_word_ms"],
+        **_first_rows(result),
         "end of speech to final, heard": heard["end_of_speech_to_final_ms"],
         "end of speech to final, clock": clock["end_of_speech_to_final_ms"],
         "chunk": result["chunk_compute_ms"],
@@ -293,8 +323,13 @@ def _latency_table(result: Json) -> str:
     columns = ("n", "p50", "p90", "p95", "p99", "max")
     return table(
         "ms | " + " | ".join(columns),
-        [[what, *(number(values[c], 0) for c in columns)] for what, values in rows.items()],
+        [[what, *(_share(values, c) for c in columns)] for what, values in rows.items()],
     )
+
+
+def _share(values: Json, column: str) -> str:
+    """'-' for a percentile that so few values cannot tell."""
+    return number(values[column], 0) if values["n"] >= FEWEST.get(column, 0) else "-"
 
 
 # --- all --------------------------------------------------------------------------------------
@@ -303,7 +338,9 @@ _SECTIONS: dict[str, Callable[[Sequence[tuple[str, Json]], Machines], list[str]]
     "accuracy": _accuracy,
     "tradeoff": report_tradeoff.tradeoff,
     "latency": _latency,
+    "start": report_start.start,
     "passes": report_passes.passes,
+    "flips": report_start.flips,
     "throughput": report_load.throughput,
     "soak": report_load.soak,
     "compare": report_load.compare,
@@ -316,6 +353,12 @@ def _unsure(result: Json, n_words: int) -> str:
     """What is to be said of words whose end is only guessed."""
     n = result["words_with_unsure_end"]
     return f" ({n} of {n_words} word ends are guesses)" if n else ""
+
+
+def _mute(result: Json) -> str:
+    """Segments that no delay knows of."""
+    n = result.get("segments_without_words")
+    return f" (segments without words: {n})" if n else ""
 
 
 def _two(percentiles: Json) -> str:

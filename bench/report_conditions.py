@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench.tables import number, settings, table
+from bench.tables import FEWEST_GROUPS, number, settings, table, was_busy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 CONDITIONS_NOTES = """The same recordings as a worse place would bring them, in one run with the
 clean ones. *Ratio*: WER over the clean WER, with a paired 95 % bootstrap interval over speakers
-(utterances, where one speaks)."""
+(utterances, where one speaks); none of fewer than ten."""
 
 LONG_FORM_NOTES = """Recordings joined in a row, beside the same cut at utterances, in one run. *Of
 one speaker* are as many as have enough to say; the others go on across speakers, which is harder.
 *Ratio*: WER over that of the utterances, with an interval over the joined recordings where there
-are several."""
+are ten or more."""
 
 REFERENCES_NOTES = """Others on the same files in the same run, each recording at once and as they
 come; ours streams. **Published** figures are those of papers: whole test sets, their own scorers,
@@ -37,7 +37,7 @@ def conditions(results: Results) -> list[str]:
             s["condition"],
             settings(r),
             str(s["recordings"]),
-            *_wer_and_ratio(s["speech"], "to_clean"),
+            *_wer_and_ratio(s["speech"], "to_clean", _n_groups(s["speech"])),
             f"`{name}`",
         ]
         for name, r, s in sets
@@ -74,16 +74,23 @@ def _long_row(name: str, result: Json, of_set: Json) -> list[str]:
         settings(result),
         f"{facts['of_one_speaker']}, {facts['across_speakers']}",
         f"{facts['shortest_s']:.0f}, {facts['longest_s']:.0f} s",
-        *_wer_and_ratio(of_set["speech"], "to_cut"),
+        *_wer_and_ratio(of_set["speech"], "to_cut", of_set["speech"]["utterances"]),
         f"`{name}`",
     ]
 
 
-def _wer_and_ratio(speech: Json, to: str) -> list[str]:
-    """Three cells: WER, WER of the other, ratio with its interval."""
+def _n_groups(speech: Json) -> int:
+    """What bench.ratios drew from; before it said so: speakers, or utterances of one."""
+    n: int = len(speech["speakers"])
+    drawn: int = speech["to_clean"].get("drawn_from", n if n > 1 else speech["utterances"])
+    return drawn
+
+
+def _wer_and_ratio(speech: Json, to: str, n_groups: int) -> list[str]:
+    """Three cells: WER, WER of the other, ratio with its interval if enough groups were drawn."""
     other = speech[to]
     ratio = f"**{number(other['ratio'], 2)}**"
-    if edges := other["ratio_interval_95"]:
+    if n_groups >= FEWEST_GROUPS and (edges := other["ratio_interval_95"]):
         ratio += f" ({edges[0]:.2f} .. {edges[1]:.2f})"
     return [f"{speech['wer_percent']:.1f}", f"{other['wer_percent']:.1f}", ratio]
 
@@ -115,7 +122,7 @@ def _measured(name: str, result: Json) -> list[list[str]]:
 
 
 def _measured_row(name: str, result: Json, key: tuple[str, str], one: Json) -> list[str]:
-    busy = " (machine was busy)" if result["timing"]["machine_was_busy"] else ""
+    busy = " (machine was busy)" if was_busy(result) else ""
     return [
         f"{one['system']}: {one['what']}",
         *key,

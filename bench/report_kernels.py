@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench.tables import number, table
+from bench.tables import number, table, was_busy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,7 @@ def kernels(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str
     return parts
 
 
+BUSY = "; **the machine was busy**"
 STEP_NOTES = """A whole step of all stages, every stream with a chunk in it: random weights, one or
 two tokens a chunk, neither detector nor word beam. *Graphs*: steps replayed as CUDA graphs, or
 kernel by kernel. *Waits*: how often the host waits for the device in a step that is replayed."""
@@ -43,7 +44,7 @@ def steps(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]:
         parts += [
             f"### `{name}`",
             f"{result['device']}{fake}; model {asked['model']} in {asked['dtype']}, chunks of"
-            f" {asked['chunk_ms']} ms",
+            f" {asked['chunk_ms']} ms{BUSY if was_busy(result) else ''}",
             table(
                 "streams | graphs | p50, ms | p95, ms | real time | waits | state, MB",
                 [
@@ -80,6 +81,7 @@ def _facts(result: Json) -> str:
         )
     return (
         f"{card.get('gpu', 'a GPU')}{rates}; {found}; commit `{card.get('commit', '')}`; {versions}"
+        f"{BUSY if was_busy(result) else ''}"
     )
 
 

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 THROUGHPUT_NOTES = """Streams of real speech with its pauses, played at the speed of speech, started
 one after another; more and more of them until p95 of the *lag* exceeds the limit or somebody is
 refused or dropped. Lag is what an event comes later than the audio it needed: queueing, computing
-and transport. RTF is the computing of one stream per second of its audio while the others run; CPU
-has the players in it where they share the process."""
+and transport; it counts from when an event was due, and a stream of which nothing came does not
+keep up. RTF is the computing of one stream per second of its audio while the others run; CPU has
+the players in it where they share the process. Memory of a further stream is a slope over all
+numbers that kept up (in results from before 2026-11-28 between the least and the most)."""
 
 SOAK_NOTES = """Streams of random lengths come and go, faster than real time; a fifth of them is
 given up in the middle. The time of a chunk is that of one stream that is always the same, alone in
 the engine after every round. *Growth* is the median slope over the run without its first fifth,
-times its length."""
+times its length; memory may grow by 1 % an hour of audio (in results from before 2026-11-28: 3 % a
+run), and what one stream holds that stays open all the time not at all."""
 
 COMPARE_NOTES = """The same files through each recogniser on the same cores, in processes of their
 own, in turns: A B A B. Ratios are theirs over ours, the mean of the rounds, each round in brackets:
@@ -84,7 +87,7 @@ def _level_row(one: Json) -> list[str]:
     lag = one["lag_ms"]
     return [
         str(one["streams"]),
-        "yes" if one["kept_up"] else "no",
+        ("yes" if one["kept_up"] else "no") + _without_lag(one),
         *(number(lag[share], 0) for share in ("p50", "p95", "p99", "max")),
         number(one["rtf_per_stream"], 3),
         number(one["cpu_cores"], 2),
@@ -95,9 +98,19 @@ def _level_row(one: Json) -> list[str]:
     ]
 
 
+def _without_lag(one: Json) -> str:
+    n = one.get("without_lag")
+    return f"; without a lag: {n}" if n else ""
+
+
 # --- soak --------------------------------------------------------------------------------------
 
-_UNITS = {"rss_mb": "resident memory, MB", "chunk_ms": "time of a chunk, ms"}
+_UNITS = {
+    "rss_mb": "resident memory, MB",
+    "chunk_ms": "time of a chunk, ms",
+    "slots_bytes": "all that slots keep, bytes",
+    "held_bytes": "held by a stream that stays open, bytes",
+}
 
 
 def soak(results: Results, machines: Machines) -> list[str]:
@@ -109,8 +122,11 @@ def soak(results: Results, machines: Machines) -> list[str]:
 
 def _soak_facts(result: Json, machines: Machines) -> str:
     verdict = {True: "**flat**", False: "**not flat**", None: "too short to say"}
+    grown = f" ({result['why']})" if result.get("why") and result["is_flat"] is False else ""
+    ended = "; **interrupted**" if result.get("interrupted") else ""
     return (
-        f"{verdict[result['is_flat']]}: {result['audio_seconds'] / 3600:.2f} h of audio in "
+        f"{verdict[result['is_flat']]}{grown}{ended}: "
+        f"{result['audio_seconds'] / 3600:.2f} h of audio in "
         f"{result['cycles']} streams, {result['times_real_time']:.1f} times real time, "
         f"{result['failed']} failed; through {result['load']['through']}, {settings(result)}, "
         f"{result['settings']['n_streams']} at once; {conditions(result, machines)}."
@@ -153,7 +169,7 @@ def _compare_facts(result: Json, machines: Machines) -> str:
     sets = ", ".join(f"{s['name']} (files: {s['recordings']})" for s in result["sets"])
     return (
         f"{sets}, {result['audio_seconds']:.0f} s, {settings(result)}, threads of each: "
-        f"{result['load']['threads']}; {conditions(result, machines)}."
+        f"{result['load']['threads']}; {conditions(result, machines)}.{bound(result)}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench.tables import number, table
+from bench.tables import number, table, was_busy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +28,10 @@ def passes(results: Sequence[tuple[str, Json]], machines: Machines) -> list[str]
     parts = ["## CPU engine", PASSES_NOTES]
     for name, result in results:
         label = machines.label(result["machine"])
+        busy = ", **which was busy**" if was_busy(result) else ""
         facts = (
             f"{result['settings']['filled']} rows in each slot,"
-            f" commit `{result['machine']['commit']}`, machine {label}."
+            f" commit `{result['machine']['commit']}`, machine {label}{busy}."
         )
         parts += [f"### `{name}`", facts, _table(result)]
         if "second_ms" in result:

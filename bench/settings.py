@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
+import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -20,9 +24,11 @@ from sparqle_stream.errors import ConfigError, SparqleError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from sparqle_stream.models import Model
+
+    Json = dict[str, Any]
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -64,7 +70,11 @@ class Settings:
         )
 
     def offline(self) -> Settings:
-        """The same for whoever has the whole recording and time: longest chunk, longest delay."""
+        """The same with the longest chunk and delay that a stream may have.
+
+        It streams all the same: nothing hears the whole recording before it writes. The name is
+        that of --offline, and of `mode` in results.
+        """
         return replace(self, chunk_ms=CHUNK_MS_RANGE[1], delay_ms=DELAY_MS_RANGE[1])
 
     @property
@@ -129,50 +139,122 @@ def from_args(args: argparse.Namespace, n_streams: int = 1) -> Settings:
     )
 
 
-def run_and_print(run: Callable[[], dict[str, Any]], output: Path | None) -> int:
-    """The exit status. The result goes, in one line, to stdout, and to `output`."""
+def run_and_print(
+    run: Callable[[], Json],
+    output: Path | None,
+    places: Sequence[tuple[str, Path | None]] = (),
+    then: Sequence[Callable[[Json], object]] = (),
+) -> int:
+    """The exit status. The result goes, in one line, to stdout, and to `output`.
+
+    `places`: options and paths of whatever else is to be written, looked at before anything is
+    measured. `then`: who writes it, of the result, once that is safe; none stops another. A result
+    that is "interrupted" is a part: it takes the place of no file, and the status is 130.
+    """
     try:
-        _require_place(output)
+        for option, path in (("--output", output), *places):
+            require_place(path, option)
         result = run()
         # First: what hours have measured must not be lost with a disk that is full.
-        print(json.dumps(result, ensure_ascii=False), flush=True)
-        write(result, output)
+        print(_line(result), flush=True)
     except SparqleError as err:
-        print(f"error: {err.message}", file=sys.stderr)
-        if err.hint:
-            print(f"hint: {err.hint}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _told(err)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
+    is_part = bool(result.get("interrupted"))
+    if is_part:
+        print("interrupted: the result is of what was done", file=sys.stderr)
+        if output is not None and output.is_file():
+            print(f"{output} stays as it was", file=sys.stderr)
+            output = None
+    status = EXIT_INTERRUPTED if is_part else 0
+    for keep in (lambda whole: write(whole, output), *then):
+        try:
+            keep(result)
+        except SparqleError as err:
+            status = max(status, _told(err))
+        except KeyboardInterrupt:
+            print("interrupted: not everything was written", file=sys.stderr)
+            return EXIT_INTERRUPTED
+    return status
 
 
-def write(result: dict[str, Any], output: Path | None) -> None:
+def _told(err: SparqleError) -> int:
+    """The exit status of an error, which is said."""
+    print(f"error: {err.message}", file=sys.stderr)
+    if err.hint:
+        print(f"hint: {err.hint}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def write(result: Json, output: Path | None) -> None:
     """The result as a file, if one is wanted; one that is there stays whole until then."""
     if output is None:
         return
     is_file = output.is_file() or not output.exists()
     # A device or a pipe is written to; a file that took its place would be a bad surprise.
     part = output.with_name(output.name + ".part") if is_file else output
-    try:
+    text = as_json(result, indent=1) + "\n"
+    with writing(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         if part != output:
             part.replace(output)
-    except OSError as err:
-        raise ConfigError(f"cannot write {output}: {err.strerror}", hint="check --output") from err
 
 
-def _require_place(output: Path | None) -> None:
-    """Raises ConfigError where no file can be made, before anything is measured."""
-    if output is None or output.exists() and not output.is_dir():
-        return
+@contextlib.contextmanager
+def writing(path: Path, option: str) -> Iterator[None]:
+    """What cannot be written inside is a ConfigError that names the option."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
+        yield
     except OSError as err:
-        raise ConfigError(f"cannot write {output}: {err.strerror}", hint="check --output") from err
-    if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder", hint="name a file in it")
+        why = err.strerror or str(err)
+        raise ConfigError(f"cannot write {path}: {why}", hint=f"check {option}") from err
+
+
+def as_json(result: Json, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinity, which only Python reads, are an error that says where."""
+    try:
+        return json.dumps(result, ensure_ascii=False, indent=indent, allow_nan=False)
+    except ValueError as err:
+        where = ", ".join(_not_finite(result, "")) or str(err)
+        raise SparqleError(
+            f"figures of the result are no numbers: {where}", hint="the benchmark has a defect"
+        ) from err
+
+
+def _line(result: Json) -> str:
+    """The result in one line; one that is no JSON goes to stderr, so that no figure is lost."""
+    try:
+        return as_json(result)
+    except SparqleError:
+        print(json.dumps(result, ensure_ascii=False), file=sys.stderr, flush=True)
+        raise
+
+
+def _not_finite(value: object, name: str) -> list[str]:
+    """Where there is NaN or infinity: 'timing.rtf is nan'."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{name} is {value}"]
+    inside: list[tuple[object, object]] = []
+    if isinstance(value, dict):
+        inside = list(value.items())
+    elif isinstance(value, list | tuple):
+        inside = list(enumerate(value))
+    prefix = f"{name}." if name else ""
+    return [where for key, one in inside for where in _not_finite(one, f"{prefix}{key}")]
+
+
+def require_place(path: Path | None, option: str) -> None:
+    """Raises ConfigError where no file can be made, before anything is measured."""
+    if path is None or path.exists() and not path.is_file() and not path.is_dir():
+        return  # a device or a pipe
+    with writing(path, option):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_file() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder", hint="name a file in it")

@@ -57,6 +57,7 @@ class Dialect(Protocol):
     RATE_HZ: int
     LAG_FROM: str
     ENDS_BY_CLOSING: bool  # after the last answer the server says nothing, it closes
+    TELLS_AT_ENDS: bool  # of a stream or an utterance: until then nobody knows the lag
 
     def __init__(self, line: Line) -> None: ...
 
@@ -81,7 +82,7 @@ class SocketTarget:
     def __init__(
         self, url: str, dialect: type[Dialect], model: str = "", api_key: str = ""
     ) -> None:
-        self.lag_from = dialect.LAG_FROM
+        self.lag_from, self.is_told_at_ends = dialect.LAG_FROM, dialect.TELLS_AT_ENDS
         self._url, self._make = full_url(url, dialect.ROUTE), dialect
         self._model, self._api_key = model, api_key
 
@@ -102,12 +103,14 @@ class SocketTarget:
         except TimeoutError:
             outcome.end, outcome.why = End.DROPPED, "no end in time"
         except (InvalidHandshake, OSError) as err:
-            outcome.end, outcome.why = End.REFUSED, str(err)
+            _lose(outcome, str(err))
         except ConnectionClosed as err:
             if dialect.ENDS_BY_CLOSING and line.is_said:
                 line.done()
             else:
                 _lose(outcome, str(err))
+        except Exception as err:  # noqa: BLE001 - an answer that its dialect does not have
+            _lose(outcome, f"{type(err).__name__}: {err}")
         outcome.ended_at = time.perf_counter()
         return outcome
 
@@ -128,6 +131,8 @@ async def _talk(socket: Any, packets: Iterable[Pcm], line: Line, dialect: Dialec
         async for packet in paced(packets, line.outcome):
             if line.is_over.is_set():
                 return
+            if listener.done():  # nobody hears the answers any more: it says why
+                listener.result()
             await _send(socket, dialect, resample(packet, False))
         await _send(socket, dialect, resample(np.zeros(0, np.float32), True))
         for frame in dialect.farewell():

@@ -171,6 +171,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.streams or min(args.streams) < 1:
         raise ConfigError("--streams takes numbers from 1 on", hint=f"such as {STREAMS}")
     capture_by = captures(args)
+    under = machine.Conditions(machine.require_free(is_forced=args.force))
     dtype = args.dtype or ("float32" if args.compute == "cpu" else "bfloat16")
     start = time.perf_counter()
     model = random_model(args.model, dtype, args.compute)
@@ -197,6 +198,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "device": device,
         "is_fake": args.compute == "cpu" and args.fake,
         "machine": machine.card(model.weights_hash, 0),
+        "timing": under.summary(),
         "rows": rows,
         "left_out": left_out,
     }
@@ -213,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=6.0, metavar="S", help="of each number (%(default)s)")
     add("--steps", type=int, default=500, metavar="N", help="of each, at most (%(default)s)")
     add("--limit-s", type=float, default=3600.0, metavar="S", help="no new one after (%(default)s)")
+    add("--force", action="store_true", help="time on a busy machine, and say so in the result")
     add("--fake", action="store_true", help="on a CPU: a fake graph, to try this command")
     add("--output", type=Path, metavar="FILE.json", help="for example in bench/results/")
     return parser

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bench.machine import MAX_BUSY_SHARE
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     Json = dict[str, Any]
+
+
+FEWEST_GROUPS = 10  # that an interval is drawn from; of fewer a bootstrap makes it too narrow
 
 
 class Machines:
@@ -38,9 +43,9 @@ def _machine(card: Json) -> str:
 
 def settings(result: Json) -> str:
     s = result["settings"]
-    offline = "offline: " if result.get("mode") == "offline" else ""
+    longest = "longest chunk and delay: " if result.get("mode") == "offline" else ""
     text = (
-        f"{offline}{s['model']}, chunk {s['chunk_ms']} ms, delay {s['delay_ms']} ms, VAD {s['vad']}"
+        f"{longest}{s['model']}, chunk {s['chunk_ms']} ms, delay {s['delay_ms']} ms, VAD {s['vad']}"
     )
     return f"{text}, {s['dtype']}" + (f", LLM {s['llm']}" if s["llm"] else "")
 
@@ -49,22 +54,50 @@ def conditions(result: Json, machines: Machines) -> str:
     """What the figures of a result were taken under, and a warning if the machine was not free."""
     timing, card = result["timing"], result["machine"]
     weights = f"weights `{card['weights_hash'][:12]}`, " if card["weights_hash"] else ""
-    busy = f"; **the machine was busy** ({timing['others_share_before']:.0%} of it taken)"
-    return (
-        f"{weights}commit `{card['commit']}`, machine {machines.label(card)}"
-        f"{busy if timing['machine_was_busy'] else ''}"
-    )
+    busy = f"; **the machine was busy** ({_taken(timing)})" if was_busy(result) else ""
+    return f"{weights}commit `{card['commit']}`, machine {machines.label(card)}{busy}"
+
+
+def was_busy(result: Json) -> bool:
+    """Whether others used the machine, before a run or during it; False where nobody looked.
+
+    Results whose own child processes were counted as others' do not say what was during it.
+    """
+    timing = result.get("timing", {})
+    during = timing.get("others_share_during", 0.0) if result.get("bench") != "compare" else 0.0
+    return bool(timing.get("machine_was_busy") or during > MAX_BUSY_SHARE)
+
+
+def _taken(timing: Json) -> str:
+    before = f"{timing['others_share_before']:.0%} of it taken before"
+    during = timing.get("others_share_during")
+    return before if during is None else f"{before}, {during:.0%} during the run"
 
 
 def bound(result: Json) -> str:
-    """The least time that reading the weights takes; '' where it is not known."""
+    """The least time that reading the weights takes; '' where it is not known, and on CUDA, whose
+    memory older results took for that of the host."""
     facts = result.get("bound")
-    if not facts:
+    if not facts or result["settings"].get("compute", "cpu") != "cpu":
         return ""
     return (
-        f" The bound: at {facts['read_gb_per_s']:.1f} GB/s the weights alone take "
-        f"{facts['chunk_ms_at_least']:.1f} ms a chunk, RTF {facts['rtf_at_least']:.3f}."
+        f" The bound of a chunk whose queries are read: at {facts['read_gb_per_s']:.1f} GB/s the "
+        f"weights, read once, take {facts['chunk_ms_at_least']:.1f} ms (RTF "
+        f"{facts['rtf_at_least']:.3f} if all chunks were such and no streams shared a pass)."
     )
+
+
+def interval(speech: Json) -> list[float] | None:
+    """The interval of a WER that may be shown: over speakers from ten on, else the wider of those
+    over speakers and over utterances; none of fewer than ten utterances."""
+    by_speaker: list[float] | None = speech["wer_interval_95_speakers"]
+    by_utterance: list[float] | None = speech["wer_interval_95"]
+    if by_speaker and len(speech["speakers"]) >= FEWEST_GROUPS:
+        return by_speaker
+    if speech["utterances"] < FEWEST_GROUPS:
+        return None
+    known = [edges for edges in (by_utterance, by_speaker) if edges]
+    return max(known, key=lambda edges: edges[1] - edges[0], default=None)
 
 
 def number(value: float | None, n_digits: int) -> str:

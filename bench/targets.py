@@ -10,6 +10,7 @@ queueing and computing are in it, the detector's and the model's own delay are n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sparqle_stream import messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
-from sparqle_stream.errors import BacklogError, BusyError
+from sparqle_stream.errors import BacklogError, BusyError, SparqleError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
@@ -68,6 +69,7 @@ class Outcome:
 
 class Target(Protocol):
     lag_from: str  # for people: what lag is counted from
+    is_told_at_ends: bool  # lag is known at the ends of what was said alone, not as it goes
 
     async def play(self, packets: Iterable[Pcm], seconds: float) -> Outcome:
         """Packets of so many seconds in all; returns when the stream has ended."""
@@ -94,6 +96,7 @@ class EngineTarget:
     """Streams of an engine in this process."""
 
     lag_from = STREAM_TIME
+    is_told_at_ends = False
 
     def __init__(self, engine: Engine, options: StreamOptions) -> None:
         self._engine, self._options = engine, options
@@ -112,26 +115,26 @@ class EngineTarget:
         except BusyError as err:
             return Outcome(end=End.REFUSED, why=err.message)
         try:
-            async for packet in paced(packets, outcome):
-                if is_done.is_set():
-                    break
-                stream.feed(packet)
-            stream.finish()
-        except BacklogError:
-            pass  # the Error event says so, too
-        try:
+            with contextlib.suppress(BacklogError):  # the Error event says so, too
+                async for packet in paced(packets, outcome):
+                    if is_done.is_set():
+                        break
+                    stream.feed(packet)
+                stream.finish()
             await asyncio.wait_for(is_done.wait(), DONE_TIMEOUT_S)
         except TimeoutError:
             outcome.why = "no end in time"
-        stream.cancel()
+        finally:
+            stream.cancel()  # whatever happened: the slot is the next level's
         outcome.ended_at = time.perf_counter()
         return outcome
 
 
 class StreamTarget:
-    """Connections to a server's /v1/stream."""
+    """Connections to a server's /v1/stream; one that is lost is not made again, but dropped."""
 
     lag_from = STREAM_TIME
+    is_told_at_ends = False
 
     def __init__(
         self, url: str, options: Mapping[str, str | int] | None = None, api_key: str = ""
@@ -143,7 +146,11 @@ class StreamTarget:
 
         outcome = Outcome()
         events = client.stream(
-            self._url, paced(packets, outcome), options=self._options, api_key=self._api_key
+            self._url,
+            paced(packets, outcome),
+            options=self._options,
+            api_key=self._api_key,
+            resume_s=0.0,
         )
         has_begun = False
         try:
@@ -153,7 +160,7 @@ class StreamTarget:
                     has_begun = has_begun or isinstance(event, messages.Ready)
         except TimeoutError:
             outcome.end, outcome.why = End.DROPPED, "no end in time"
-        except client.ServerError as err:
+        except SparqleError as err:
             outcome.end, outcome.why = End.DROPPED if has_begun else End.REFUSED, err.message
         finally:
             await events.aclose()

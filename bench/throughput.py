@@ -2,8 +2,9 @@
 
 In: folders with a manifest (bench.manifests); without any, the bundled clip. Their recordings, with
 pauses between them, are played at the speed of speech by more and more streams, until p95 of the
-lag exceeds a chunk (--limit-ms) or somebody is refused or dropped. With --arrivals it is an open
-loop instead: streams come and go at random, whether or not the engine keeps up.
+lag exceeds a chunk (--limit-ms), somebody is refused or dropped, or nothing is heard of a stream.
+With --arrivals it is an open loop instead: streams come and go at random, whether or not the engine
+keeps up.
 Against: an engine in this process; --server, the same behind our own websocket server here; --url,
 any running server (--dialect stream for our own /v1/stream, others for anybody's: bench.dialects).
 Out: one JSON document: a line for each number of streams (lag, RTF, CPU, memory, refused, dropped),
@@ -79,13 +80,16 @@ def rising(rig: Rig, args: argparse.Namespace, limit_ms: float) -> dict[str, Any
 
     def keeps_up(n: int) -> bool:
         played = rig.play(load.level(n, args.seconds, args.stagger_s))
-        figures = load.figures(played, only_together=True)
+        figures = load.figures(
+            played, only_together=True, is_told_at_ends=rig.target.is_told_at_ends
+        )
         figures["kept_up"] = load.has_kept_up(figures, limit_ms)
         levels.append(figures)
         _say(figures)
         return bool(figures["kept_up"])
 
     held = load.search(keeps_up, args.most)
+    load.require_lags(levels)
     cores = n_cores() if not args.url else None
     return {
         "streams_held": held,
@@ -103,6 +107,7 @@ def coming_and_going(rig: Rig, args: argparse.Namespace, limit_ms: float) -> dic
     figures = load.figures(played, only_together=False)
     figures["kept_up"] = load.has_kept_up(figures, limit_ms)
     _say(figures)
+    load.require_lags([figures])
     return {"arrivals": rig.known(figures) | load.crowd(played)}
 
 
@@ -115,7 +120,8 @@ def measure(
     """The whole benchmark; `model` is None with --url."""
     from bench import bounds
 
-    under = machine.Conditions(machine.require_free(is_forced=args.force))
+    server = machine.Process(args.server_pid) if args.server_pid else None
+    under = machine.Conditions(machine.require_free(is_forced=args.force), server)
     tape = reel.load(sets, args.pause_s, args.seed)
     limit_ms = args.limit_ms or _default_limit_ms(args)
     with ExitStack() as stack:
@@ -143,7 +149,7 @@ def measure(
         "machine": machine.card(model.weights_hash if model else "", wanted.threads),
         "sets": manifests.summary(sets),
         "timing": under.summary(),
-        "bound": bounds.of_chunk(model, wanted.chunk_ms) if model else None,
+        "bound": bounds.of_chunk(model, wanted.chunk_ms, compute=wanted.compute) if model else None,
     } | found
 
 
@@ -187,7 +193,8 @@ def _say(figures: dict[str, Any]) -> None:
     lag = figures["lag_ms"]
     print(
         f"{figures['streams']} streams: lag p50 {lag['p50']} p95 {lag['p95']} ms, "
-        f"{figures['refused']} refused, {figures['dropped']} dropped",
+        f"{figures['refused']} refused, {figures['dropped']} dropped, "
+        f"{figures['without_lag'] or 0} without a lag",
         file=sys.stderr,
         flush=True,
     )
@@ -260,11 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifests.require_files(sets)
         if not args.force:
             machine.require_free(is_forced=False)  # before the minutes that loading may take
-        result = measure(args, wanted, sets, None if args.url else wanted.load_model())
-        plots.draw(result, args.plot)
-        return result
+        return measure(args, wanted, sets, None if args.url else wanted.load_model())
 
-    return settings.run_and_print(run, args.output)
+    draw = [lambda result: plots.draw(result, args.plot)]
+    return settings.run_and_print(run, args.output, then=draw)
 
 
 if __name__ == "__main__":

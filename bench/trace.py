@@ -24,6 +24,10 @@ class Trace:
         self._origin = time.perf_counter() if origin is None else origin
         self._events: list[dict[str, Any]] = []
 
+    def restart(self) -> None:
+        """Now is second 0: what came before, loading a model, is no part of it."""
+        self._origin = time.perf_counter()
+
     def span(self, name: str, start: float, seconds: float, **facts: object) -> None:
         """Something that began when the clock said `start`."""
         self._add(name, start, facts, ph="X", dur=_microseconds(seconds))

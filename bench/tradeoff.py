@@ -214,12 +214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"chunk {one.chunk_ms} ms, delay {one.delay_ms} ms", file=sys.stderr, flush=True)
             result = with_cell(result, cell(model, one, sets, scorer))
             settings.write(result, output)
-        if args.plot:
-            plots.draw(result, args.plot)
-            result |= {"plot": args.plot.name}
-        return result
+        return result | ({"plot": args.plot.name} if args.plot else {})
 
-    return settings.run_and_print(run, output)
+    draw = [lambda result: plots.draw(result, args.plot)]
+    return settings.run_and_print(run, output, then=draw)
 
 
 if __name__ == "__main__":

@@ -139,10 +139,22 @@ def test_a_stream_that_fails_counts_as_nothing_written(monkeypatch, idle, make_f
     assert of_set["audio_seconds"] == pytest.approx(seconds, abs=0.01)
 
 
-def test_transcripts_stand_side_by_side(oracle, idle, speech, tmp_path):
+@pytest.fixture
+def command(oracle, monkeypatch, speech, capsys):
+    """The command on the folder of speech: status, result (if one was printed) and stderr."""
+    monkeypatch.setattr("sparqle_stream.models.load", lambda *_, **__: oracle)
+
+    def command(*arguments: str) -> tuple[int, dict, str]:
+        status = accuracy.main([str(speech), "--vad", "off", *arguments])
+        out, err = capsys.readouterr()
+        return status, json.loads(out.splitlines()[-1]) if out else {}, err
+
+    return command
+
+
+def test_transcripts_stand_side_by_side(command, idle, tmp_path):
     path = tmp_path / "texts.jsonl"
-    sets = [manifests.read(speech)]
-    accuracy.measure(oracle, QUICK, sets, with_ctc=False, transcripts=path)
+    assert command("--without-ctc", "--transcripts", str(path))[0] == 0
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(x["id"], x["reference"], x["text"]) for x in lines[:2]] == [
         ("r0", "GOOD DAY TO ALL", "good day to all"),
@@ -171,7 +183,8 @@ def test_offline_is_the_longest_chunk_and_delay(oracle, idle, speech):
     assert (result["mode"], result["settings"]["chunk_ms"]) == ("offline", 1280)
     assert result["sets"][0]["speech"]["wer_percent"] == 40.0  # the oracle hears no worse
     page = report.render([("x.json", json.loads(json.dumps(result)))])
-    assert "offline" in page
+    assert "longest chunk and delay: sparqle-base-en" in page
+    assert "offline" not in page  # it streams as well
 
 
 def test_long_form_is_scored_as_one_text_beside_its_utterances(oracle, idle, speech):
@@ -190,7 +203,8 @@ def test_long_form_is_scored_as_one_text_beside_its_utterances(oracle, idle, spe
     assert [figures[c] for c in counts] == [10, 1, 1, 2, 1]
     assert [cut["speech"][c] for c in counts] == [10, 1, 1, 2, 4]
     assert of_set["name"] == "sets/speech, joined to 60 s"
-    assert figures["to_cut"] == {"wer_percent": 40.0, "ratio": 1.0, "ratio_interval_95": None}
+    ratio = {"wer_percent": 40.0, "ratio": 1.0, "ratio_interval_95": None, "drawn_from": 1}
+    assert figures["to_cut"] == ratio
     told = of_set["long_form"]
     assert (told["joined_to_s"], told["pause_s"], told["shorter"]) == (60.0, 0.32, 1)
     assert (told["of_one_speaker"], told["across_speakers"]) == (0, 1)
@@ -242,3 +256,79 @@ def test_without_a_folder_it_is_the_bundled_clip(oracle, monkeypatch, idle, caps
 def test_speech_is_not_taken_as_noise(speech, capsys):
     assert accuracy.main(["--noise", str(speech)]) == 2
     assert "is no noise" in capsys.readouterr().err
+
+
+def test_two_recordings_of_noise_with_one_id_are_two(oracle, idle, noise):
+    of_set = manifests.read(noise)
+    ids = tuple(replace(r, id="same") for r in of_set.recordings)
+    twice = replace(of_set, recordings=(*ids, of_set.recordings[1]))
+    result = accuracy.measure(oracle, QUICK, [twice], with_ctc=False)
+    told = result["sets"][0]["noise"]
+    assert (told["false_words"], told["recordings_with_words"]) == (2, 2)
+
+
+def interrupt(monkeypatch, after: int) -> None:
+    """Ctrl-C after so many recordings that were captioned, of whatever sets."""
+    left = [after]
+
+    def with_bar(items, name, n):
+        for item in items:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            yield item
+
+    monkeypatch.setattr("bench.accuracy.with_bar", with_bar)
+
+
+def test_ctrl_c_leaves_what_was_done(command, idle, noise, monkeypatch, tmp_path):
+    """All of the clean speech, and of the quiet one two recordings, with 6 words; no noise."""
+    interrupt(monkeypatch, 6)
+    path = tmp_path / "x.jsonl"
+    more = ["--condition", "clean,quiet", "--noise", str(noise), "--transcripts", str(path)]
+    status, result, err = command(*more)
+    assert status == 130
+    assert "interrupted" in err
+    assert result["interrupted"] is True
+    clean, quiet = result["sets"]
+    assert (clean["recordings"], clean["speech"]["wer_percent"]) == (4, 40.0)
+    assert "interrupted" not in clean
+    assert (quiet["recordings"], quiet["recordings_in_manifest"]) == (2, 4)
+    assert quiet["interrupted"] is True
+    assert (quiet["speech"]["words"], quiet["speech"]["utterances"]) == (6, 2)
+    assert "to_clean" not in quiet["speech"]
+    assert "greedy_ctc" not in clean["speech"]
+    assert len(path.read_text().splitlines()) == 6
+    page = report.render([("x.json", result)])
+    assert "2 of 4, **interrupted**" in page
+    assert "`x.json` (**interrupted**)" in page
+
+
+def test_ctrl_c_before_anything_was_done_is_no_result(command, idle, monkeypatch):
+    interrupt(monkeypatch, 0)
+    assert command("--without-ctc") == (130, {}, "interrupted\n")
+
+
+def test_ctrl_c_while_the_ear_is_asked_leaves_the_captions(command, idle, monkeypatch):
+    def hear(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.accuracy.hear", hear)
+    status, result, _ = command()
+    assert (status, result["interrupted"]) == (130, True)
+    assert result["sets"][0]["speech"]["wer_percent"] == 40.0
+    assert "greedy_ctc" not in result["sets"][0]["speech"]
+
+
+def test_transcripts_that_cannot_be_written_are_told_first(command, idle, tmp_path):
+    (tmp_path / "a-file").touch()
+    status, result, err = command("--transcripts", str(tmp_path / "a-file" / "x.jsonl"))
+    assert (status, result) == (2, {})
+    assert "check --transcripts" in err
+
+
+def test_transcripts_that_fail_later_do_not_cost_the_result(command, idle):
+    status, result, err = command("--without-ctc", "--transcripts", "/dev/full")
+    assert status == 2
+    assert "cannot write /dev/full" in err
+    assert result["sets"][0]["speech"]["wer_percent"] == 40.0

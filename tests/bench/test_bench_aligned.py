@@ -42,6 +42,45 @@ def test_a_text_that_was_not_heard_has_no_ends():
     assert aligned.word_ends([], [], "go", testing.tiny_pieces()) is None
 
 
+def test_starts_of_segments_by_hand():
+    """Of the first word in each; frames of 640 samples, which lag by 320, less 40 ms of lead.
+
+    'go' begins in frame 2, at 1600 + 2 * 640 - 320 - 640 samples; in the second segment nobody
+    speaks; 'on' begins in the first frame of the third, which is not heard before it begins.
+    """
+    first, third = heard("", "", "_g", "o", "", "_u", "p", ""), heard("_o", "n", "", "")
+    segments, starts = [first, heard("", ""), third], [1600, 16_000, 32_000]
+    got = aligned.first_starts(segments, starts, "GO - up on.", testing.tiny_pieces(), lead=640)
+    assert got == pytest.approx([1920 / 16_000, None, 2.0])
+    late = aligned.first_starts([first], [0], "Go up", testing.tiny_pieces())
+    assert late == pytest.approx([960 / 16_000])
+
+
+def test_a_missed_first_word_makes_the_wait_longer():
+    """'good' was said from 0.2 s on; the first caption is 'day'. Nothing was said in the second
+    segment, whose caption is made up; in the third something, but nothing was written."""
+    found = aligned.Aligned()
+    played = Take(
+        arrivals=[
+            (0.3, SpeechStarted(0.1)),
+            (1.1, Final("day", (Word("day", 0.7, 0.9, 1.0),), 0, 1.0)),
+            (1.5, Final(" to", (Word("to", 1.0, 1.2, 1.4),), 0, 1.4)),
+            (1.6, SpeechStopped(1.5)),
+            (2.1, SpeechStarted(2.0)),
+            (2.9, Final(" so", (Word("so", 2.1, 2.3, 2.8),), 1, 2.8)),
+            (3.0, SpeechStopped(2.9)),
+            (4.1, SpeechStarted(4.0)),
+            (5.0, Done(5.0, 1.0, 5.0)),
+        ]
+    )
+    aligned.add_first(found, played, [0.2, None, 4.2])
+    assert found.first_heard == pytest.approx([0.8])
+    assert found.first_clock == pytest.approx([0.9])
+    got = found.summary()
+    assert got["first_word_algorithmic_ms"]["max"] == 800.0
+    assert got["first_word_with_compute_ms"]["n"] == 1
+
+
 def take(*words: tuple[str, float, float]) -> Take:
     """Words with the stream time that had to be heard and the clock's at which they were there."""
     finals = [(at, Final(w, (Word(w, 0.0, t, t),), 0, t)) for w, t, at in words]
@@ -83,5 +122,8 @@ def test_the_text_is_aligned_with_what_the_engine_heard(monkeypatch, oracle):
     assert found.heard == pytest.approx([t - end for t, end in zip(left, ends, strict=True)])
     assert all(clock >= at for clock, at in zip(found.clock, found.heard, strict=True))
     assert (found.n_said, found.n_left_out) == (2, 0)
+    lead_s = oracle.cfg.captions.lead_ms / 1000
+    begin = max((640 * 1 - 320) / 16_000 - lead_s, 0.0)  # 'b' is in frame 1
+    assert found.first_heard == pytest.approx([left[0] - begin])
     bad = aligned.measure(oracle, NO_VAD, [(pcm, "xylophone", played)])
     assert (bad.n_said, bad.n_left_out, bad.heard) == (0, 1, [])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from bench_card import CARD
 from bench import compare, peers, report
 from bench.peers import OURS, PEERS
 from bench.settings import Settings
+from sparqle_stream.errors import ConfigError
 
 SECOND = 16_000
 
@@ -128,8 +132,8 @@ def test_a_growing_window_is_decoded_again_each_second():
     assert calls[29] == calls[39] == (30 * SECOND, 30)
 
 
-def job(tmp_path, clips: list[tuple[np.ndarray, str]], wanted: Settings):
-    return compare._write_job(tmp_path, wanted, clips)
+def job(tmp_path, clips: list[tuple[np.ndarray, str]], wanted: Settings, weights=None):
+    return compare._write_job(tmp_path, wanted, clips, weights or {})
 
 
 def test_a_turn_hears_every_recording_once(tmp_path, monkeypatch):
@@ -190,7 +194,7 @@ def test_shapes_are_whispers():
     assert sum(p.numel() for p in peers._random_whisper("tiny").parameters()) == 37_760_640
 
 
-def test_ctranslate2_writes_as_many_tokens_as_it_is_told(monkeypatch):
+def test_ctranslate2_writes_as_many_tokens_as_it_is_told(monkeypatch, tmp_path):
     for package in ("ctranslate2", "faster_whisper"):
         pytest.importorskip(package, reason=f"{package} is not installed (pip install -e .[peers])")
     import ctranslate2
@@ -205,10 +209,116 @@ def test_ctranslate2_writes_as_many_tokens_as_it_is_told(monkeypatch):
             return found
 
     monkeypatch.setattr(ctranslate2.models, "Whisper", Whisper)
-    hear = peers._ctranslate2("tiny", Settings(threads=1))
+    peers._write_ctranslate2("tiny", tmp_path)
+    hear = peers._ctranslate2(Settings(threads=1), tmp_path)
     for n in (5, 20):
         hear(np.zeros(SECOND, np.float32), n)
     assert written == [5, 20]
+
+
+def test_what_a_peer_loads_is_written_by_another_process(folder, idle, monkeypatch, capsys):
+    """Before the turns; the peer is given the folder, and nothing of what made it."""
+    for package in ("ctranslate2", "faster_whisper"):
+        pytest.importorskip(package, reason=f"{package} is not installed (pip install -e .[peers])")
+    small(monkeypatch)
+    asked, ours = [], compare._ours
+
+    def in_this_process(arguments, env):
+        asked.append(arguments[:2])
+        if arguments[0] == compare.WRITE:  # with the shape that this test has made small
+            assert compare.main(list(arguments)) == 0
+            return ""
+        return ours(arguments, env)
+
+    monkeypatch.setattr(compare, "_ours", in_this_process)
+    name = "faster-whisper-tiny-offline"
+    arguments = ["--peers", name, "--rounds", "1", "--model", "random:tiny", "--vad", "off"]
+    assert compare.main([str(folder), *arguments, "--threads", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert asked == [[compare.WRITE, name], [compare.TURN, OURS], [compare.TURN, name]]
+    # Torch and the float32 model are not in what it takes.
+    assert result["engines"][name]["peak_rss_mb"] < result["engines"][OURS]["peak_rss_mb"] + 100
+
+
+# --- real weights of others --------------------------------------------------------------------
+
+
+class FakeVosk(types.ModuleType):
+    """The part of Vosk's Python API that is used: utterances end with every second piece."""
+
+    def __init__(self) -> None:
+        super().__init__("vosk")
+        self.pieces: list[int] = []
+        self.opened: list[str] = []
+
+    def SetLogLevel(self, level):
+        assert level == -1
+
+    def Model(self, model_path):
+        if not model_path.endswith("vosk-model-x"):
+            raise Exception("Failed to create a model")
+        self.opened.append(model_path)
+        return "model"
+
+    def KaldiRecognizer(self, model, rate):
+        assert (model, rate) == ("model", SECOND)
+        return self
+
+    def AcceptWaveform(self, data):
+        self.pieces.append(len(data) // 2)
+        return len(self.pieces) % 2 == 0
+
+    def Result(self):
+        return json.dumps({"text": f"said {len(self.pieces)}"})
+
+    def FinalResult(self):
+        return json.dumps({"text": "at last"})
+
+
+def test_vosk_hears_pieces_of_a_recording(monkeypatch, tmp_path):
+    fake = FakeVosk()
+    monkeypatch.setitem(sys.modules, "vosk", fake)
+    folder = tmp_path / "vosk-model-x"
+    folder.mkdir()
+    hear = PEERS["vosk"].make(Settings(), folder)
+    assert hear(np.zeros(SECOND // 2, np.float32), 1) == "said 2 at last"
+    assert fake.pieces == [SECOND // 5, SECOND // 5, SECOND // 10]
+    with pytest.raises(ConfigError, match="cannot load"):
+        PEERS["vosk"].make(Settings(), tmp_path)
+    with pytest.raises(ConfigError, match="no folder"):
+        PEERS["vosk"].make(Settings(), tmp_path / "none")
+
+
+def test_moonshine_is_told_by_its_folder(tmp_path):
+    pytest.importorskip("moonshine_voice", reason="not installed (pip install -e .[peers])")
+    for name, what in (("base-en", "cannot load base-en"), ("x", "nobody can tell")):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ConfigError, match=what):
+            PEERS["moonshine"].make(Settings(), tmp_path / name)
+
+
+def test_real_whisper_is_used_as_its_defaults_have_it(monkeypatch, tmp_path):
+    pytest.importorskip("faster_whisper", reason="not installed (pip install -e .[peers])")
+    import faster_whisper
+
+    class Model:
+        def __init__(self, folder, **options):
+            assert options["local_files_only"]
+            assert (options["device"], options["cpu_threads"]) == ("cpu", 2)
+
+        def transcribe(self, pcm, language):
+            assert language == "en"
+            return iter([SimpleNamespace(text=" good"), SimpleNamespace(text=" day")]), None
+
+    monkeypatch.setattr(faster_whisper, "WhisperModel", Model)
+    hear = PEERS["faster-whisper"].make(Settings(threads=2), tmp_path)
+    assert hear(np.zeros(SECOND, np.float32), 1) == "good day"
+
+
+def test_a_folder_of_no_model_is_said(tmp_path):
+    pytest.importorskip("faster_whisper", reason="not installed (pip install -e .[peers])")
+    with pytest.raises(ConfigError, match="faster-whisper cannot load"):
+        PEERS["faster-whisper"].make(Settings(threads=1), tmp_path)
 
 
 def test_pocketsphinx_hears_words(clip):
@@ -250,8 +360,12 @@ def test_a_whole_run(folder, idle, monkeypatch, capsys):
     assert result["ratios"]["fake"]["time"] == pytest.approx(2.0 / mine["seconds"], rel=0.01)
     assert result["load"]["threads"] == 1
     assert result["audio_seconds"] == pytest.approx(0.04 * 8 + 2 * 0.16, abs=0.001)
-    missing = {name for name, peer in PEERS.items() if peer.missing()}
-    assert set(result["left_out"]) == missing
+    lacking = {name for name, peer in PEERS.items() if peer.missing() or peer.wants_weights}
+    assert set(result["left_out"]) == lacking
+    assert result["left_out"]["vosk"] in ("vosk not installed", "no weights given")
+    assert result["machine"]["weights_hash"]
+    assert result["bound"]["chunk_ms_at_least"] > 0
+    assert result["load"]["seed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -260,6 +374,10 @@ def test_a_whole_run(folder, idle, monkeypatch, capsys):
         (["--peers", "nobody"], "unknown peer 'nobody'"),
         (["--rounds", "0"], "--rounds 0"),
         (["--plot", "x.pdf"], "no PNG"),
+        (["--weights", "vosk"], "--weights vosk"),
+        (["--weights", "vosk=/no/such/folder"], "vosk=/no/such/folder"),
+        (["--weights", "pocketsphinx=."], "pocketsphinx=."),
+        (["--peers", "vosk"], "vosk needs"),
     ],
 )
 def test_errors_say_what_to_do(idle, capsys, arguments, what):

@@ -52,9 +52,17 @@ def test_a_segment_without_words_waits_for_nothing():
     noise = [(2.0, SpeechStarted(1.9)), (2.5, SpeechStopped(2.2))]
     got = delays.measure(STREAM[:6] + noise + STREAM[6:])
     assert got.end_to_final == pytest.approx([0.5, 0.3])
+    assert got.n_without_words == 1
+    assert delays.measure(STREAM).n_without_words == 0
+    cut_off = [*STREAM[:6], (3.0, SpeechStarted(2.9)), (4.2, Done(4.0, 0.5, 4.0))]
+    assert delays.measure(cut_off).n_without_words == 1
+    assert delays.measure([(0.1, Done(0.1, 0.0, 0.1))]).n_without_words == 0
 
 
 def test_streams_add_up():
+    twice = delays.measure(STREAM)
+    twice.extend(delays.measure([*STREAM[:2], *STREAM[5:]]))
+    assert twice.n_without_words == 1
     twice = delays.measure(STREAM)
     twice.extend(delays.measure(STREAM))
     assert [twice.summary()[name]["n"] for name in twice.summary()] == [8, 4, 4]

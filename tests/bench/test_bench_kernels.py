@@ -15,6 +15,8 @@ from bench import kernels, kernels_rivals
 from sparqle_kernels.cases import CASES
 from sparqle_stream.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("idle")
+
 STOP_HEAD = next(case for case in CASES if case.op == "stop_head")
 
 

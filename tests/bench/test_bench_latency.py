@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from bench import latency, players, report
+from bench import latency, players, plots, report
+from bench.manifests import Recording
 from bench.players import StepMeter, Take, VirtualEngine
 from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.engine import Engine
+from sparqle_stream.errors import AudioFormatError
 from sparqle_stream.messages import Done, Final, Ready, SpeechStarted, SpeechStopped, Word
 from sparqle_stream.metrics import EngineMetrics
 
@@ -117,8 +120,21 @@ def test_a_stream_that_fails_is_not_timed(tiny, clip, monkeypatch):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("sparqle_stream.engine.Batch.run", broken)
-    with Engine(tiny, CFG) as engine, pytest.raises(RuntimeError, match="a bug"):
-        players.play(engine, clip[:16_000], NO_VAD)
+    with Engine(tiny, CFG) as engine:
+        with pytest.raises(players.TakeError, match="a bug"):
+            players.play(engine, clip[:16_000], NO_VAD)
+        assert engine.metrics().n_streams == 0  # the slot is free
+    monkeypatch.setattr("bench.players.Batch.run", broken)
+    with pytest.raises(players.TakeError, match="a bug"):
+        VirtualEngine(tiny, CFG).play(clip[:16_000], NO_VAD)
+
+
+def test_a_stream_that_never_ends_gives_its_slot_back(tiny, clip, monkeypatch):
+    monkeypatch.setattr("bench.players.DONE_TIMEOUT_S", -1.0)
+    monkeypatch.setattr("threading.Event.wait", lambda *_: False)
+    with Engine(tiny, CFG) as engine, pytest.raises(players.TakeError, match="not done"):
+        players.play(engine, clip[:1600], NO_VAD)
+    assert engine.metrics().n_streams == 0
 
 
 def test_the_meter_tells_steps_apart():
@@ -285,3 +301,118 @@ def test_the_command_forced_on_a_busy_machine_says_so(monkeypatch, folder, capsy
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["timing"]["machine_was_busy"]
     assert result["sets"] == [{"name": "files", "recordings": 1, "manifest_sha256": ""}]
+
+
+class BrokenBatch(testing.OracleBatch):
+    """Fails when it hears a q."""
+
+    def run(self, sessions):
+        result = super().run(sessions)
+        q = 1 + len(testing.LETTERS) + testing.LETTERS.index("q")
+        if any(q in slot.codes for slot in self.slots):
+            raise RuntimeError("a bug")
+        return result
+
+
+@pytest.fixture
+def played(command, monkeypatch, capsys):
+    """The command on other folders with an engine that fails: status, result and stderr."""
+    broken = partial(Engine, make_slots=BrokenBatch)
+    monkeypatch.setattr("sparqle_stream.engine.Engine", broken)
+    monkeypatch.setattr("bench.players.Batch", BrokenBatch)
+
+    def played(folder, *arguments: str) -> tuple[int, dict, str]:
+        status = latency.main([str(folder), "--vad", "off", "--threads", "1", *arguments])
+        out, err = capsys.readouterr()
+        return status, json.loads(out.splitlines()[-1]) if out else {}, err
+
+    return played
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("where", ["--virtual", "", "--server"])
+def test_a_recording_that_fails_costs_no_other(played, make_folder, where):
+    """The first one, so that the warm-up fails, too."""
+    entries = [{"said": s, "text": s} for s in ("aqua", "good day", "all")]
+    status, result, err = played(make_folder("sets/q", entries), *where.split())
+    assert status == 0
+    assert (result["played"], result["failed"]) == (2, 1)
+    assert "r0 failed: the stream failed" in err
+    assert result["algorithmic"]["emission_ms"]["n"] == 3
+    assert "sets/q (files: 3), 1 failed" in report.render([("x.json", result)])
+
+
+def test_a_file_that_cannot_be_read_costs_no_other(played, make_folder, monkeypatch):
+    """What its container says is right, what is in it is not."""
+    folder = make_folder("sets/x", [{"said": s, "text": s} for s in ("good day", "all")])
+    pcm = Recording.pcm
+
+    def broken(recording: Recording) -> np.ndarray:
+        if recording.id == "r1":
+            raise AudioFormatError("no audio after all")
+        return pcm(recording)
+
+    monkeypatch.setattr(Recording, "pcm", broken)
+    status, result, err = played(folder, "--virtual")
+    assert (status, result["played"], result["failed"]) == (0, 1, 1)
+    assert "r1 failed: no audio after all" in err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_take_at_all_is_an_error(played, make_folder):
+    folder = make_folder("sets/q", [{"said": "aqua", "text": "aqua"}])
+    status, result, err = played(folder, "--virtual")
+    assert (status, result) == (2, {})
+    assert "error: no recording could be played" in err
+
+
+def test_ctrl_c_leaves_what_was_played(played, folder, monkeypatch):
+    play, n = VirtualEngine.play, []
+
+    def interrupted(*given):
+        n.append(1)
+        if len(n) == 3:  # the second after the warm-up
+            raise KeyboardInterrupt
+        return play(*given)
+
+    monkeypatch.setattr("bench.players.VirtualEngine.play", interrupted)
+    status, result, err = played(folder, "--virtual")
+    assert (status, result["interrupted"], result["played"]) == (130, True, 1)
+    assert result["aligned"] is None
+    assert result["algorithmic"]["emission_ms"]["n"] == 2
+    assert "**interrupted** after 1" in report.render([("x.json", result)])
+    n[:] = [1]  # and now the first: nothing is there
+    assert played(folder, "--virtual")[:2] == (130, {})
+
+
+def test_segments_without_words_are_counted_and_said(command):
+    take = take_of(1.05, 1.3)
+    take.arrivals[-1:-1] = [(1.6, SpeechStarted(1.5)), (1.9, SpeechStopped(1.8))]
+    assert latency.figures([take, take_of(1.05, 1.3)])["segments_without_words"] == 1
+    result = command("--virtual")
+    assert (result["segments_without_words"], result["traced"]) == (0, False)
+    assert "without words" not in report.render([("x.json", result)])
+    page = report.render([("x.json", result | {"segments_without_words": 2})])
+    assert "(segments without words: 2)" in page
+
+
+def test_a_plot_has_no_percentile_of_too_few_values():
+    figures = pytest.importorskip(
+        "matplotlib.figure", reason="not installed (pip install -e .[plot])"
+    )
+    result = latency.figures([take_of(1.05, 1.3)] * 20)
+    result["with_compute"]["first_word_ms"]["n"] = 19
+    figure = figures.Figure()
+    timing, settings = {"machine_was_busy": False}, {"model": "tiny"}
+    plots._latency(figure, result | {"bench": "x", "timing": timing, "settings": settings})
+    (axes,) = figure.axes
+    drawn = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+    assert drawn["emission, with compute"] == [0, 1, 2, 4]
+    assert drawn["first word, with compute"] == [0, 1, 4]
+    assert [text.get_text() for text in axes.get_xticklabels()] == [
+        "p50",
+        "p90",
+        "p95",
+        "p99",
+        "max",
+    ]

@@ -54,7 +54,8 @@ def test_an_error_says_whether_the_stream_was_refused_or_dropped(code, end):
 def test_figures_of_a_level_by_hand():
     """Two streams, 100 .. 110 and 102 .. 112: they run together from 102 to 110.
 
-    Lags outside that time do not count: of 0.9, 0.1, 0.2, 0.3, 0.8 three are left.
+    Lags that fell due outside that time do not count: due were they at 100.1, 102.9, 108.8, 103.7,
+    110.2, and 0.1, 0.2, 0.3 are left.
     """
     got = load.figures(
         played(
@@ -71,6 +72,38 @@ def test_figures_of_a_level_by_hand():
     assert (got["streams"], got["words"], got["audio_seconds"]) == (2, 5, 20.0)
     assert (got["refused"], got["dropped"], got["reasons"]) == (0, 0, [])
     assert (got["rss_mb"], got["latest_packet_ms"]) == (300.0, 4.0)
+    assert got["without_lag"] == 0
+
+
+@pytest.mark.parametrize(
+    ("late", "p95", "has_kept_up"), [((0.05, 25.0), 23752.5, False), ((25.0, 25.0), 25000.0, False)]
+)
+def test_the_latest_events_count_although_they_come_when_all_is_over(late, p95, has_kept_up):
+    """What was due at 105 comes at 130: by then both streams, 100 .. 110, have ended."""
+    level = played(*(outcome(100.0, [(105.0 + lag, lag)]) for lag in late))
+    got = load.figures(level, only_together=True)
+    assert (got["lag_ms"]["n"], got["lag_ms"]["p95"]) == (2, p95)
+    assert load.has_kept_up(got, 320.0) is has_kept_up
+
+
+def test_a_stream_of_which_nothing_is_heard_does_not_keep_up():
+    """Due before the other began, 100 .. 110 and 103 .. 113: nobody knows how it fared with it."""
+    silent = outcome(100.0, [(102.1, 0.1)])
+    other = outcome(103.0, [(104.1, 0.1)])
+    got = load.figures(played(silent, other), only_together=True)
+    assert (got["without_lag"], got["lag_ms"]["n"]) == (1, 1)
+    assert not load.has_kept_up(got, 320.0)
+    assert load.has_kept_up(load.figures(played(silent, other), only_together=False), 320.0)
+
+
+def test_a_lag_that_is_told_at_the_end_alone_counts():
+    """Two streams, 100 .. 110 and 102 .. 112, each with its one lag at its end."""
+    level = played(outcome(100.0, [(110.2, 0.2)]), outcome(102.0, [(112.3, 0.3)]))
+    as_it_goes = load.figures(level, only_together=True)
+    assert (as_it_goes["lag_ms"]["n"], as_it_goes["without_lag"]) == (1, 1)
+    at_ends = load.figures(level, only_together=True, is_told_at_ends=True)
+    assert (at_ends["lag_ms"]["n"], at_ends["without_lag"]) == (2, 0)
+    assert at_ends["lag_ms"]["max"] == 300.0
 
 
 def test_who_was_turned_away_is_counted_and_adds_nothing_else():
@@ -84,17 +117,29 @@ def test_who_was_turned_away_is_counted_and_adds_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("p95", "refused", "dropped", "wanted"),
-    [(320.0, 0, 0, True), (320.1, 0, 0, False), (1.0, 1, 0, False), (1.0, 0, 1, False)],
+    ("p95", "refused", "dropped", "without", "wanted"),
+    [
+        (320.0, 0, 0, 0, True),
+        (320.1, 0, 0, 0, False),
+        (1.0, 1, 0, 0, False),
+        (1.0, 0, 1, 0, False),
+        (1.0, 0, 0, 1, False),
+        (1.0, 0, 0, None, True),
+        (None, 0, 0, None, False),
+    ],
 )
-def test_keeping_up(p95, refused, dropped, wanted):
+def test_keeping_up(p95, refused, dropped, without, wanted):
     figures = {"lag_ms": {"p95": p95}, "refused": refused, "dropped": dropped}
-    assert load.has_kept_up(figures, 320.0) is wanted
+    assert load.has_kept_up(figures | {"without_lag": without}, 320.0) is wanted
 
 
-def test_a_load_without_any_words_is_not_judged():
+def test_only_a_run_without_any_lag_is_not_judged():
+    """A level without one has not kept up, and what was measured before it stays."""
+    silent = {"lag_ms": {"n": 0}, "refused": 0, "dropped": 0}
     with pytest.raises(ConfigError, match="nothing was captioned"):
-        load.has_kept_up({"lag_ms": {"p95": None}, "refused": 0, "dropped": 0}, 320.0)
+        load.require_lags([silent, silent])
+    for other in ({"lag_ms": {"n": 1}}, {"refused": 1}, {"dropped": 2}):
+        load.require_lags([silent, silent | other])
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 8, 20])
@@ -154,10 +199,25 @@ def test_how_many_were_there_at_once():
     }
 
 
-def test_memory_per_stream_is_a_difference():
-    levels = [{"streams": n, "rss_mb": mb} for n, mb in ((8, 335.0), (1, 300.0), (4, 340.0))]
-    assert load.memory_per_stream_mb(levels) == 5.0
+def memory_level(n: int, mb: float, **fields) -> dict:
+    return {"streams": n, "rss_mb": mb, "refused": 0, "kept_up": True} | fields
+
+
+def test_memory_per_stream_is_the_slope_through_all_levels():
+    """By hand: n 1, 2, 4, 8 (mean 3.75) and MB 300, 310, 322, 338 (mean 317.5); products of the
+    deviations sum up to 149.5, squares of those of n to 28.75.
+    """
+    levels = [memory_level(n, mb) for n, mb in ((1, 300.0), (2, 310.0), (4, 322.0), (8, 338.0))]
+    assert load.memory_per_stream_mb(levels) == round(149.5 / 28.75, 2) == 5.2
     assert load.memory_per_stream_mb(levels[:1]) is None
+
+
+def test_memory_of_levels_that_failed_or_came_after_does_not_count():
+    """16 streams failed, and what they took was still there when 12 were tried."""
+    levels = [memory_level(n, 300.0 + 5 * n) for n in (4, 8)]
+    failed = memory_level(16, 900.0, kept_up=False, refused=6)
+    assert load.memory_per_stream_mb([*levels, failed, memory_level(12, 880.0)]) == 5.0
+    assert load.memory_per_stream_mb([levels[0], failed]) is None
 
 
 def test_a_reel_goes_round_without_a_gap():
@@ -189,6 +249,7 @@ class FakeTarget:
     """Takes packets at once and remembers when each stream came."""
 
     lag_from = "nothing"
+    is_told_at_ends = False
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, int, float]] = []
@@ -197,6 +258,20 @@ class FakeTarget:
         n = sum(len(packet) for packet in packets)
         self.seen.append((asyncio.get_running_loop().time(), n, seconds))
         return Outcome(end=End.DONE)
+
+
+def test_a_stream_that_fails_takes_no_other_with_it():
+    class Failing(FakeTarget):
+        async def play(self, packets, seconds):
+            if seconds == 0.05:
+                raise KeyError("type")
+            return await super().play(packets, seconds)
+
+    reel = Reel([np.ones(500, np.float32)], 0.0, 0)
+    bookings = [Booking(0.0, 0.05), Booking(0.1, 0.1)]
+    failed, done = load.play(Failing(), reel, bookings, 20, 0, machine.Process()).outcomes
+    assert (failed.end, failed.why) == (End.DROPPED, "KeyError: 'type'")
+    assert done.end is End.DONE
 
 
 def test_streams_come_when_they_were_booked():

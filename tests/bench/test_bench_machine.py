@@ -69,9 +69,12 @@ class FakeCpu:
 
     def __init__(self, monkeypatch) -> None:
         self.user, self.idle, self.own, self.guest = 100.0, 100.0, 10.0, 50.0
+        self.children = 3.0
         psutil = SimpleNamespace(cpu_times=lambda: SimpleNamespace(_asdict=self.times))
         monkeypatch.setattr(machine, "_psutil", lambda: psutil)
         monkeypatch.setattr(machine.time, "process_time", lambda: self.own)
+        ended = lambda who: SimpleNamespace(ru_utime=self.children, ru_stime=0.0)  # noqa: E731
+        monkeypatch.setattr(machine.resource, "getrusage", ended)
 
     def times(self) -> dict[str, float]:
         return {"user": self.user, "idle": self.idle, "iowait": 0.0, "guest": self.guest}
@@ -83,6 +86,37 @@ def test_others_are_what_is_busy_and_not_ours(monkeypatch):
     watch = machine.Watch()
     cpu.user, cpu.idle, cpu.own, cpu.guest = 112.0, 108.0, 17.0, 55.0
     assert watch.others() == pytest.approx(0.25)
+
+
+def test_what_was_measured_in_other_processes_is_ours(monkeypatch):
+    """Of 20 core seconds 12 were busy: 2 ours, 4 of a child that has ended, 3 of a server."""
+    cpu = FakeCpu(monkeypatch)
+    server = SimpleNamespace(read=lambda: SimpleNamespace(cpu_s=cpu.server))
+    cpu.server = 7.0
+    watch, without = machine.Watch(server), machine.Watch()
+    cpu.user, cpu.idle, cpu.own, cpu.children, cpu.server = 112.0, 108.0, 12.0, 7.0, 10.0
+    assert watch.others() == pytest.approx(3 / 20)
+    assert without.others() == pytest.approx(6 / 20)
+
+
+def test_a_child_that_has_ended_is_ours():
+    """Measured for real."""
+    watch = machine.Watch()
+    before = watch._spent()[2]
+    burn = "import time; t = time.process_time()\nwhile time.process_time() < t + 0.3: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert watch._spent()[2] - before >= 0.3
+
+
+@pytest.mark.parametrize(
+    ("before", "during", "was_busy"), [(0.0, 0.05, False), (0.5, 0.0, True), (0.0, 0.5, True)]
+)
+def test_a_machine_that_got_busy_was_busy(monkeypatch, before, during, was_busy):
+    monkeypatch.setattr(machine.Watch, "others", lambda self: during)
+    summary = machine.Conditions(before).summary()
+    assert summary["machine_was_busy"] is was_busy
+    assert (summary["others_share_before"], summary["others_share_during"]) == (before, during)
+    assert len(summary["load_average_before"]) == 3
 
 
 def test_an_idle_machine_is_free_and_ours_alone(monkeypatch):

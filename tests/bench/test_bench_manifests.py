@@ -114,3 +114,21 @@ def test_the_bundled_clip_has_sound_and_text():
 def test_files_have_no_texts(tmp_path):
     got = manifests.of_files([tmp_path / "x.wav", tmp_path / "y.ogg"])
     assert [(r.id, r.text) for r in got.recordings] == [("x", ""), ("y", "")]
+
+
+def test_names_of_files_that_are_there_twice_become_paths(tmp_path):
+    """Others keep theirs; a part of the folder has the same ids as the whole."""
+    paths = ["a/1.wav", "b/1.wav", "b/2.wav"]
+    write(tmp_path, [{"audio": path, "text": ""} for path in paths])
+    assert [r.id for r in manifests.read(tmp_path).recordings] == ["a/1", "b/1", "2"]
+    assert [r.id for r in manifests.read(tmp_path, limit=1).recordings] == ["a/1"]
+
+
+def test_an_id_that_was_given_twice_is_refused(tmp_path):
+    write(tmp_path, [{"id": "x", "audio": f"{i}.wav", "text": ""} for i in range(2)])
+    with pytest.raises(ConfigError, match="has 2 recordings 'x'") as refused:
+        manifests.read(tmp_path)
+    assert str(tmp_path) in refused.value.message
+    write(tmp_path, [{"audio": "1.wav", "text": ""}] * 3)
+    with pytest.raises(ConfigError, match="has 3 recordings '1'"):
+        manifests.read(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from bench_card import CARD
 from test_bench_report import ACCURACY, LATENCY, SETTINGS, rows
 
-from bench import plots, report, soak
+from bench import flat, plots, report
 from bench.delays import percentiles_ms
 from sparqle_stream.errors import ConfigError, MissingExtraError
 
@@ -85,7 +85,7 @@ SOAK = {
     "failed": 0,
     "times_real_time": 9.87,
     "is_flat": False,
-    "flat": soak.flatness(SAMPLES),
+    "flat": flat.flatness(SAMPLES),
     "samples": SAMPLES,
 }
 
@@ -94,13 +94,19 @@ def test_figures_of_throughput_are_on_the_page():
     page = report.render([("t.json", THROUGHPUT)])
     assert "**9 streams** held (4.5 per core), 7.0 MB for each further one" in page
     assert "limit 320 ms" in page
-    assert "at 20.0 GB/s the weights alone take 7.7 ms a chunk, RTF 0.024" in page
+    assert (
+        "at 20.0 GB/s the weights, read once, take 7.7 ms (RTF 0.024 if all chunks were such"
+        in page
+    )
     assert rows(page, "10")[0] == [
         *("10", "no", "22", "3602", "3920", "4000"),
         *("0.078", "2.50", "870", "2", "3", "100"),
     ]
     assert [row[1] for n in ("1 ", "9") for row in rows(page, n)] == ["yes", "yes"]
     assert "machine A." in page
+    told = level(11, kept_up=False, without_lag=4)
+    page = report.render([("t.json", THROUGHPUT | {"levels": [level(1, without_lag=0), told]})])
+    assert [rows(page, n)[0][1] for n in ("1 ", "11")] == ["yes", "no; without a lag: 4"]
     held = copy.deepcopy(THROUGHPUT) | {"is_limited_by_most": True}
     assert "**9 or more streams** held" in report.render([("t.json", held)])
 
@@ -126,7 +132,10 @@ def test_figures_of_soak_are_on_the_page():
     # 8 samples from 43 to 71 ms are kept: 28 ms more, 20 % of the median 57 are allowed.
     assert rows(page, "time of a chunk")[0][1:] == ["43", "71", "71", "28", "11.4", "**no**"]
     assert rows(page, "resident memory")[0][-1] == "yes"
-    short = SOAK | {"flat": soak.flatness(SAMPLES[:3]), "is_flat": None}
+    more = {"why": "grown: chunk_ms", "interrupted": True}
+    page = report.render([("s.json", SOAK | more)])
+    assert "**not flat** (grown: chunk_ms); **interrupted**: 1.00 h of audio" in page
+    short = SOAK | {"flat": flat.flatness(SAMPLES[:3]), "is_flat": None}
     page = report.render([("s.json", short)])
     assert "too short to say" in page
     assert rows(page, "resident memory")[0][1:] == ["-"] * 6
@@ -136,7 +145,15 @@ def test_figures_of_soak_are_on_the_page():
 def test_a_busy_machine_is_said(result):
     busy = result | {"timing": TIMING | {"machine_was_busy": True, "others_share_before": 0.5}}
     assert "machine was busy" not in report.render([("r.json", result)])
-    assert "**the machine was busy** (50% of it taken)" in report.render([("r.json", busy)])
+    assert "**the machine was busy** (50% of it taken before" in report.render([("r.json", busy)])
+    # An older result, which only looked before the run.
+    later = result | {"timing": TIMING | {"machine_was_busy": False, "others_share_during": 0.4}}
+    assert "**the machine was busy**" in report.render([("r.json", later)])
+
+
+def test_the_bound_of_a_gpu_is_not_that_of_the_hosts_memory():
+    settings = THROUGHPUT["settings"] | {"compute": "cuda"}
+    assert "The bound" not in report.render([("t.json", THROUGHPUT | {"settings": settings})])
 
 
 KERNELS = {

@@ -13,6 +13,8 @@ from bench import report, steps
 from bench.machine import REPO
 from bench.tables import Machines
 
+pytestmark = pytest.mark.usefixtures("idle")
+
 
 def arguments(*argv):
     return steps.parser().parse_args(["--model", "random:tiny", "--compute", "cpu", *argv])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -328,7 +329,53 @@ def test_more_and_more_streams(run, where):
     assert all(one["lag_ms"]["n"] for one in result["levels"])
     assert result["load"]["seed"] == 0
     assert result["bound"]["rtf_at_least"] > 0
-    assert not result["timing"]["machine_was_busy"]
+    assert result["timing"]["others_share_before"] == 0.0
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_more_and_more_streams_in_the_dialects_of_others(idle, monkeypatch, capsys, tiny, name):
+    """Real speech; vLLM's says its one lag once all audio has come, and OpenAI's nearly so."""
+    monkeypatch.setattr("sparqle_stream.models.load", lambda *_, **__: tiny)
+    monkeypatch.setattr("bench.throughput.WARM_UP_S", 0.3)
+    monkeypatch.setattr("bench.bounds.PROBE_BYTES", 1 << 20)
+    most = 2 if name == "vllm" else 1
+    arguments = ["--server", "--dialect", name, "--most", str(most), "--limit-ms", "60000"]
+    arguments += ["--seconds", "2.5", "--stagger-s", "0.2", "--threads", "1", "--pause-s", "0"]
+    assert throughput.main(arguments) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["streams_held"] == most
+    assert [one["without_lag"] for one in result["levels"]] == [0] * most
+    assert all(one["lag_ms"]["n"] >= one["streams"] for one in result["levels"])
+
+
+def test_a_level_of_which_nothing_is_heard_ends_the_search(run, monkeypatch):
+    """What was measured before it is not lost."""
+    figures = load.figures
+
+    def deaf(played, **options):
+        if len(played.outcomes) > 1:
+            for one in played.outcomes:
+                one.lags.clear()
+        return figures(played, **options)
+
+    monkeypatch.setattr(load, "figures", deaf)
+    result = run("--most", "2", "--limit-ms", "60000")
+    assert result["streams_held"] == 1
+    assert [one["without_lag"] for one in result["levels"]] == [0, 2]
+    assert [one["kept_up"] for one in result["levels"]] == [True, False]
+
+
+def test_a_run_of_which_nothing_is_heard_is_an_error(run, monkeypatch, capsys, folder):
+    figures = load.figures
+    monkeypatch.setattr(
+        load,
+        "figures",
+        lambda played, **options: figures(
+            replace(played, outcomes=[replace(o, lags=[]) for o in played.outcomes]), **options
+        ),
+    )
+    assert throughput.main([str(folder), *SHORT, "--most", "2"]) == 2
+    assert "nothing was captioned" in capsys.readouterr().err
 
 
 def test_a_limit_that_nobody_holds(run):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import latency
+from bench import latency, report
 from bench.players import VirtualEngine
 from bench.trace import Trace
 from bench.traced import traced_engine
@@ -105,6 +105,30 @@ def test_the_command_writes_a_trace(tiny, idle, make_folder, monkeypatch, tmp_pa
     n_chunks = sum(e["name"] == "chunk" for e in events)
     assert n_chunks >= result["chunk_compute_ms"]["n"] > 0  # the warm-up is in the trace, too
     assert {"vad", "encoder", "llm", "words"} <= {e["name"] for e in events}
+    assert result["traced"] is True
+    assert ", traced, which costs a little" in report.render([("x.json", result)])
+
+
+@pytest.mark.parametrize("option", ["--trace", "--plot"])
+def test_a_place_that_cannot_be_is_told_before_anything_is_played(idle, tmp_path, capsys, option):
+    (tmp_path / "x.png").mkdir()
+    assert latency.main(["--model", "no-such-model", option, str(tmp_path / "x.png")]) == 2
+    said = capsys.readouterr()
+    assert f"{option} {tmp_path / 'x.png'} is a folder" in said.err
+    assert said.out == ""
+
+
+def test_a_trace_that_cannot_be_written_does_not_cost_the_result(
+    tiny, idle, make_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr("sparqle_stream.models.load", lambda *_, **__: tiny)
+    folder = make_folder("sets/one", [{"said": "good day to all", "text": ""}])
+    arguments = [str(folder), "--vad", "off", "--virtual", "--trace", "/dev/full"]
+    assert latency.main(arguments) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["bench"] == "latency"
+    assert "error: cannot write /dev/full" in said.err
+    assert "hint: check --trace" in said.err
 
 
 def test_a_server_elsewhere_cannot_be_traced(idle, tmp_path, capsys):

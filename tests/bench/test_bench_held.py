@@ -1,0 +1,103 @@
+"""Held: what is sized, what is not, and a stream that keeps what it has heard is found out."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+
+import numpy as np
+import pytest
+
+from bench import held
+from sparqle_stream import messages, testing
+from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
+from sparqle_stream.engine import Engine
+
+NO_VAD = StreamOptions(vad=VadConfig(kind="off"))
+
+
+class Slotted:
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: object) -> None:
+        self.thing = thing
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: [x],
+        lambda x: {"k": x},
+        lambda x: deque([x]),
+        lambda x: {1: (x,)},
+        Slotted,
+        lambda x: np.array([x, None], dtype=object)[:1],
+    ],
+    ids=["list", "dict", "deque", "nested", "slots", "objects"],
+)
+def test_what_an_object_leads_to_is_sized(wrap):
+    small, large = (held.reach([wrap(bytearray(n))]) for n in (10, 100_010))
+    assert large - small == 100_000
+
+
+def test_nothing_is_sized_twice():
+    one = bytearray(10_000)
+    assert held.reach([[one, one]]) < 11_000
+    ring: list = [one]
+    ring.append(ring)
+    assert held.reach([ring]) < 11_000
+
+
+def test_a_view_keeps_its_whole_array():
+    samples = np.zeros(10_000, np.float32)
+    assert held.reach([samples[:10]]) >= 40_000
+    assert held.reach([samples]) == sys.getsizeof(samples)
+
+
+def test_code_and_what_is_left_out_are_not_sized():
+    shared = [bytearray(100_000)]
+    assert held.reach([[shared, test_nothing_is_sized_twice, np]], [shared]) < 200
+
+
+def hear(witness, tape, note=lambda event: None):
+    packets = (tape[i : i + 16_000] for i in range(0, len(tape), 16_000))
+    return witness.hear(packets, note)
+
+
+def test_a_stream_that_stays_open_holds_no_more_than_before():
+    """The model is left out: it is larger by far. Words come out before it is sized."""
+    tape, told = testing.say(["good", "day", "to", "you"] * 4), []
+    with testing.oracle_engine(EngineConfig(n_slots=1, threads=1)) as engine:
+        witness = held.Witness(engine, NO_VAD)
+        found = [hear(witness, tape, told.append) for _ in range(6)]
+        witness.close()
+        assert engine.metrics().n_streams == 0
+    assert sum(isinstance(event, messages.Flushed) for event in told) == 6
+    assert sum(isinstance(event, messages.Final) for event in told) >= 6
+    assert 1_000 < min(found) <= max(found[1:]) <= found[1] + 2_048
+    assert max(found) < 200_000
+
+
+def test_a_stream_that_keeps_what_it_heard_is_found_out(monkeypatch):
+    from sparqle_stream.session import Session
+
+    take = Session.take
+
+    def leaky(session, tokens):
+        session.kept = [*getattr(session, "kept", []), np.zeros(1_000, np.float32)]
+        return take(session, tokens)
+
+    monkeypatch.setattr(Session, "take", leaky)
+    tape = testing.say(["good", "day", "to", "you"])
+    with testing.oracle_engine(EngineConfig(n_slots=1, threads=1)) as engine:
+        witness = held.Witness(engine, NO_VAD)
+        found = [hear(witness, tape) for _ in range(4)]
+    assert min(np.diff(found)) > 4_000
+
+
+def test_a_stream_that_has_ended_holds_nothing_that_is_known(tiny):
+    told = []
+    with Engine(tiny, EngineConfig(n_slots=1, threads=1)) as engine:
+        witness = held.Witness(engine, NO_VAD)
+    assert hear(witness, np.zeros(16_000, np.float32), told.append) is None
+    assert not witness.is_open

@@ -154,8 +154,19 @@ def stream_file(path: str | Path, block: int = SAMPLE_RATE_HZ) -> Iterator[Pcm]:
         )
 
 
+def is_pipe(path: str | Path) -> bool:
+    """Whether there is something of that name that can be read once only."""
+    path = Path(path)
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def file_seconds(path: str | Path) -> float | None:
-    """How long a file says it is, for a progress bar; None where the container does not say."""
+    """How long a file says it is, for a progress bar; None where the container does not say.
+
+    None too of a pipe, whose first bytes could not be read again.
+    """
+    if is_pipe(path):
+        return None
     with _open(path) as container:
         return container.duration / 1e6 if container.duration else None
 

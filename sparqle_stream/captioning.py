@@ -72,6 +72,7 @@ class Captioning:
     can_wait: bool = True  # False: the source goes on whether or not there is room
     clock: Callable[[], float] = time.perf_counter
     dropped_s: float = 0.0
+    _n_owed: int = 0  # dropped samples for which no silence was fed yet
     _events: queue.SimpleQueue[tuple[float, Event]] = field(default_factory=queue.SimpleQueue)
     _error: messages.Error | None = None
     _is_done: bool = False
@@ -113,10 +114,21 @@ class Captioning:
                 self._hand_on(0.0)
                 if self.is_stopped():
                     return
-        elif not stream.wait_for_room(seconds, timeout=0.0):
+        elif not self._is_caught_up(stream) or not stream.wait_for_room(seconds, timeout=0.0):
             self.dropped_s += seconds
+            self._n_owed += len(pcm)
             return
         stream.feed(pcm)
+
+    def _is_caught_up(self, stream: CaptionStream) -> bool:
+        """Silence for what was dropped, as far as there is room, so that later times are right."""
+        while self._n_owed:
+            n = min(self._n_owed, SAMPLE_RATE_HZ)
+            if not stream.wait_for_room(n / SAMPLE_RATE_HZ, timeout=0.0):
+                return False
+            stream.feed(np.zeros(n, np.float32))
+            self._n_owed -= n
+        return True
 
     def _hand_on(self, timeout_s: float) -> None:
         """All events that are there; waits for the first one for `timeout_s`."""

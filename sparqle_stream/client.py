@@ -15,8 +15,10 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
@@ -254,12 +256,48 @@ async def _each(blocks: Iterable[Block] | AsyncIterable[Block]) -> AsyncGenerato
         async for block in blocks:
             yield block
         return
-    iterator = iter(blocks)
-    while True:
-        block_or_end = await asyncio.to_thread(next, iterator, None)
-        if block_or_end is None:
-            return
-        yield block_or_end
+    reader = _Reader(blocks)
+    try:
+        while (found := await reader.next()) is not None:
+            yield found
+    finally:
+        reader.wanted.put(None)
+
+
+class _Reader:
+    """Reads an iterable in a thread that nobody waits for: a quiet source never lets go of it."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self.wanted: queue.SimpleQueue[asyncio.Future[Block | None] | None] = queue.SimpleQueue()
+        self._blocks, self._loop = blocks, asyncio.get_running_loop()
+        threading.Thread(target=self._run, name="blocks", daemon=True).start()
+
+    async def next(self) -> Block | None:
+        """None at the end. Raises what the iterable raises."""
+        future: asyncio.Future[Block | None] = self._loop.create_future()
+        self.wanted.put(future)
+        return await future
+
+    def _run(self) -> None:
+        iterator = iter(self._blocks)
+        while (future := self.wanted.get()) is not None:
+            try:
+                found, err = next(iterator, None), None
+            except BaseException as raised:  # noqa: BLE001 - it is told where it is awaited
+                found, err = None, raised
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(_settle, future, found, err)
+
+
+def _settle(
+    future: asyncio.Future[Block | None], found: Block | None, err: BaseException | None
+) -> None:
+    if future.done():  # cancelled meanwhile
+        return
+    if err is None:
+        future.set_result(found)
+    else:
+        future.set_exception(err)
 
 
 async def _receive(

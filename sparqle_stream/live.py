@@ -45,6 +45,7 @@ class LiveSession:
         self._meter = LevelMeter()
         self._started_at: float | None = None  # clock time of the first sample
         self._captioning: Captioning | None = None
+        self._is_loss_told = False
 
     def run(self, open_stream: Callable[[OnEvent], CaptionStream]) -> None:
         """Raises what broke the source or the stream, after everything else is done."""
@@ -80,6 +81,9 @@ class LiveSession:
                 self._view.notice(told)
             while self._source.notices:
                 self._view.notice(self._source.notices.pop(0))
+        if self._captioning and self._captioning.dropped_s and not self._is_loss_told:
+            self._is_loss_told = True
+            self._view.notice("this machine is too slow: some of what is said is lost")
         self._view.status(self._meter.dbfs, self._remark())
 
     def _remark(self) -> str:

@@ -215,11 +215,19 @@ def open_view(out: TextIO, title: str) -> View:
     return QuietView()
 
 
+def _is_in_background(fd: int) -> bool:
+    """Whether the shell would stop us for touching its terminal."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:  # it is not the terminal that we were started from
+        return False
+
+
 class Keys:
     """Single key presses from the terminal, without Return; a context manager.
 
     The terminal's settings are put back whatever happens. Where stdin is no terminal (or the
-    system has no termios) there are no keys.
+    system has no termios), and for a job in the background, there are no keys.
     """
 
     def __init__(self, stdin: TextIO) -> None:
@@ -233,7 +241,7 @@ class Keys:
             import tty
 
             fd = self._stdin.fileno()
-            if os.isatty(fd):
+            if os.isatty(fd) and not _is_in_background(fd):
                 self._saved = termios.tcgetattr(fd)
                 tty.setcbreak(fd)
         return self

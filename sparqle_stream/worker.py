@@ -126,7 +126,7 @@ class Worker:
             stream.phase = Phase.FAILED
             stream.failure = BacklogError(
                 f"{waiting_s:.1f} s of audio are waiting, the limit is {self.cfg.backlog_s:g} s",
-                hint="send audio no faster than it is spoken, or use a faster machine",
+                hint="send audio no faster than it is spoken, or wait for room (wait_for_room)",
             )
             self._change.notify_all()
             raise stream.failure

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import pathlib
+import threading
 import tracemalloc
 import wave
 from fractions import Fraction
@@ -416,3 +417,14 @@ def test_streaming_a_long_file_keeps_little_in_memory(tmp_path):
     tracemalloc.stop()
     assert n_samples == 4 * 60 * 16_000
     assert peak_bytes < 2_000_000
+
+
+def test_a_pipe_that_has_a_name_is_read_once(clip_path, tmp_path):
+    """As in `sparqle-stream <(curl ...)`: to ask how long it is must not take its beginning."""
+    name = tmp_path / "pipe.ogg"
+    os.mkfifo(name)
+    writer = threading.Thread(target=lambda: name.write_bytes(clip_path.read_bytes()), daemon=True)
+    writer.start()
+    assert audio.file_seconds(name) is None
+    assert len(audio.read_file(name)) == pytest.approx(len(audio.read_file(clip_path)), abs=1)
+    writer.join(10)

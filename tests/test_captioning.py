@@ -153,6 +153,39 @@ def test_a_file_waits_for_room_and_a_microphone_does_not():
     assert dropped.stream.fed == []
 
 
+class Filling(Echo):
+    """A stream that has no room for a while, and then room for so many seconds at a time."""
+
+    def __init__(self, on_event, room_by_ask) -> None:
+        super().__init__(on_event)
+        self.room_by_ask = iter(room_by_ask)
+
+    def wait_for_room(self, seconds, timeout=None) -> bool:
+        return next(self.room_by_ask, 30.0) >= seconds
+
+
+def test_silence_takes_the_place_of_what_a_microphone_lost():
+    """Else the times of all that follows are early. Two and a half seconds are lost, then one more
+    while only two of them can be made up for."""
+    streams, blocks = [], [SECOND, SECOND, SECOND[:8000], SECOND, 2 * SECOND]
+
+    def open_stream(on_event):
+        streams.append(Filling(on_event, [30.0, 0.0, 0.0, 1.0, 1.0, 0.0]))
+        return streams[0]
+
+    source = FileSource("x", iter([*blocks[:1], *[SECOND] * 2, *blocks[2:]]))
+    run = Captioning(open_stream, source, Listener(lambda *_: None), can_wait=False)
+    run.run()
+    said = sum(map(len, [SECOND] * 3)) + len(blocks[2]) + len(SECOND) + len(blocks[4])
+    heard = np.concatenate(streams[0].fed)
+    assert run.dropped_s > 0
+    assert len(heard) == said
+    lost = heard == 0
+    assert lost.sum() == run.dropped_s * 16_000
+    np.testing.assert_array_equal(heard[:16_000], SECOND)
+    np.testing.assert_array_equal(heard[-16_000:], 2 * SECOND)
+
+
 def test_a_stop_is_noticed_while_waiting_for_room():
     asked = []
     done = caption(

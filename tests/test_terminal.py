@@ -181,6 +181,17 @@ def test_keys_come_without_return_and_the_terminal_is_put_back():
         assert termios.tcgetattr(theirs) == before
 
 
+def test_a_job_in_the_background_leaves_the_terminal_alone(monkeypatch):
+    """The shell would stop it."""
+    _, theirs = pty.openpty()
+    monkeypatch.setattr(terminal.os, "tcgetpgrp", lambda fd: terminal.os.getpgrp() + 1)
+    with open(theirs) as stdin:
+        before = termios.tcgetattr(theirs)
+        with terminal.Keys(stdin) as keys:
+            assert termios.tcgetattr(theirs) == before
+            assert keys.pressed() == ""
+
+
 def test_without_a_terminal_there_are_no_keys():
     with open(os.devnull) as stdin, terminal.Keys(stdin) as keys:
         assert keys.pressed() == ""

@@ -439,7 +439,7 @@ class Connection:
             except TimeoutError:
                 self.cut("the client took no byte for too long")
                 return
-            except WebSocketDisconnect:
+            except (WebSocketDisconnect, OSError):  # a client of Wyoming that resets
                 return
 
     def _from_worker(self, token: object, event: Event) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import select
 from typing import TYPE_CHECKING, Any, cast
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -24,11 +25,14 @@ ABORT = "sparqle.abort"
 IS_GONE = "sparqle.is_gone"
 LINGER_S = 5.0  # at most, for a client that goes on sending
 QUIET_S = 0.3
-REQUEST_S = 10.0  # for the head of the first request
+REQUEST_S = 10.0  # for the head of a request
 
 
 class HastyProtocol(H11Protocol):
-    """A client that opens a connection and does not say what for is cut."""
+    """A client that opens a connection and does not say what for is cut, and so is one that begins
+    another request on it and does not go on."""
+
+    _unfinished: asyncio.TimerHandle | None = None  # the head of a further request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,6 +42,23 @@ class HastyProtocol(H11Protocol):
         is_upgraded = self.transport.get_protocol() is not self
         if not is_upgraded and self.cycle is None:
             self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        is_in_head = self.cycle is not None and self.conn.their_state is h11.IDLE
+        if is_in_head and self._unfinished is None:
+            self._unfinished = self.loop.call_later(REQUEST_S, self.transport.abort)
+        elif not is_in_head:
+            self._forget()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def _forget(self) -> None:
+        if self._unfinished is not None:
+            self._unfinished.cancel()
+            self._unfinished = None
 
 
 class AbortableProtocol(WebSocketsSansIOProtocol):

@@ -12,6 +12,7 @@ import json
 import logging
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,7 +100,9 @@ class Upload:
     ) -> AsyncGenerator[messages.Event, None]:
         """Events of the file up to Done. Raises the SparqleError that ends it instead."""
         self._stream = self._hub.engine.open(asked.options, on_event=self._from_worker)
-        pump = asyncio.create_task(asyncio.to_thread(self._pump, self._stream, path))
+        # A thread of its own: the loop has few for all, and this one is needed for the whole file.
+        thread = ThreadPoolExecutor(1, "upload")
+        pump = self._loop.run_in_executor(thread, self._pump, self._stream, path)
         try:
             while True:
                 event = await self._events.get()
@@ -115,6 +118,7 @@ class Upload:
             self._is_over.set()
             self._stream.cancel()
             await asyncio.gather(pump, return_exceptions=True)
+            thread.shutdown(wait=False)
 
     def _pump(self, stream: Stream, path: Path) -> None:
         """The file into the stream, as fast as there is room; in a thread of its own."""

@@ -16,7 +16,7 @@ from websockets.sync.server import serve
 from sparqle_stream import client, messages
 from sparqle_stream.config import EngineConfig, StreamOptions
 from sparqle_stream.engine import Engine
-from sparqle_stream.errors import ConfigError, ProtocolError
+from sparqle_stream.errors import ConfigError, ProtocolError, SparqleError
 
 
 def blocks(pcm, size=1_600):
@@ -85,6 +85,42 @@ def test_a_microphone_that_fails_is_not_hidden(url, waits_for_ready):
 
     with pytest.raises(OSError, match="unplugged"):
         listen()
+
+
+@pytest.mark.parametrize("ending", ["error", "lost"])
+def test_a_source_that_is_quiet_holds_nobody(ending):
+    """The end is told, and the loop closes, while the source still waits for a sound."""
+    let_go = threading.Event()
+
+    def quiet():
+        yield np.zeros(1_600, np.float32)
+        let_go.wait()
+
+    def ends(websocket):
+        websocket.send(messages.to_json(messages.Ready("x", "m", 16_000, 320, 240)))
+        if ending == "error":
+            websocket.send(messages.to_json(messages.Error("idle_timeout", "no", "", time=0.0)))
+        websocket.close(1003, "no")
+
+    ended = []
+
+    def run():
+        try:
+            ended.append(list(client.stream_sync(url, quiet()))[-1])
+        except SparqleError as err:
+            ended.append(err)
+
+    with serve(ends, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        client_thread = threading.Thread(target=run, daemon=True)
+        client_thread.start()
+        client_thread.join(10)
+        server.shutdown()
+    is_held = client_thread.is_alive()
+    let_go.set()
+    assert not is_held
+    assert isinstance(ended[0], messages.Error if ending == "error" else SparqleError)
 
 
 def test_an_error_event_is_the_last_one(url):

@@ -179,6 +179,29 @@ def test_a_request_that_does_not_come(engine, monkeypatch, said):
         is_well(engine, url)
 
 
+def test_another_request_on_a_connection_that_does_not_come(engine, monkeypatch):
+    """uvicorn's timers end with its first byte. What is whole in the end is answered."""
+    monkeypatch.setattr(transport, "REQUEST_S", 0.4)
+    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving(engine, defaults=OFF) as url:
+        host, port = url.removeprefix("ws://").split(":")
+        with socket.create_connection((host, int(port))) as sock:
+            sock.settimeout(WAIT_S)
+            for parts in ([ask], [ask[:5], ask[5:]]):
+                for part in parts:
+                    sock.sendall(part)
+                    time.sleep(0.1)
+                answer = b""
+                while not answer.endswith(b"}"):
+                    answer += sock.recv(4096)
+                assert b"200 OK" in answer
+            time.sleep(0.6)  # that one was whole in time
+            sock.sendall(ask[:1])
+            with contextlib.suppress(ConnectionResetError):
+                assert sock.recv(1) == b""
+        is_well(engine, url)
+
+
 def test_an_old_connection_is_not_taken_for_a_silent_one(engine, monkeypatch):
     monkeypatch.setattr(transport, "REQUEST_S", 0.2)
     with serving(engine, defaults=OFF) as url:

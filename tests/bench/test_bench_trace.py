@@ -111,6 +111,8 @@ def test_the_command_writes_a_trace(tiny, idle, make_folder, monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("option", ["--trace", "--plot"])
 def test_a_place_that_cannot_be_is_told_before_anything_is_played(idle, tmp_path, capsys, option):
+    if option == "--plot":
+        pytest.importorskip("matplotlib", reason="not installed (pip install -e .[plot])")
     (tmp_path / "x.png").mkdir()
     assert latency.main(["--model", "no-such-model", option, str(tmp_path / "x.png")]) == 2
     said = capsys.readouterr()

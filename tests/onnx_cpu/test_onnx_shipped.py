@@ -20,10 +20,9 @@ from sparqle_stream.testing import ByteTokenizer
 from tests.prefixes import prefix_of
 
 TOLERANCE = 1e-3
-# Of the largest number, after 30 layers on a past of their own: 1.04e-3 were seen.
+# Of the largest number, after 30 layers on a past of their own: 1.33e-3 were seen.
 HIDDEN_TOLERANCE = 2e-3
 NATS = 0.01  # of a reading
-SECONDS = 8  # of the clip: a sentence, a pause, and what follows it
 
 WARM_UP, STEPS = 200, 1000  # chunks
 # A chunk is 20 kB of samples alone: an array of it kept at every step would be twice as much.
@@ -101,7 +100,7 @@ def shipped(llm_pulled):
 
 @pytest.mark.slow
 def test_the_shipped_graphs_equal_torch_over_the_clip(shipped, clip, monkeypatch):
-    got, expected = (follow(model, clip[: SECONDS * 16_000], monkeypatch) for model in shipped)
+    got, expected = (follow(model, clip, monkeypatch) for model in shipped)
     assert got.tokens == expected.tokens
     assert sum(map(len, got.tokens)) > 10
     for one, other in zip(got.log_probs, expected.log_probs, strict=True):

@@ -237,5 +237,7 @@ def test_the_page_shows_the_wider_interval():
 
     found = {"points": 0.2, "interval_95": [-0.1, 0.5], "interval_95_speakers": [-0.3, 0.7]}
     assert _difference({"difference": found}, flips.GOALS).startswith("**+0.20** (-0.30 .. +0.70)")
+    found["interval_95_speakers"] = [0.2, 0.2]  # two speakers who happen to be alike
+    assert "(-0.10 .. +0.50)" in _difference({"difference": found}, flips.GOALS)
     found["interval_95_speakers"] = None
     assert "(-0.10 .. +0.50)" in _difference({"difference": found}, flips.GOALS)

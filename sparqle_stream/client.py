@@ -279,9 +279,11 @@ class _Reader:
         return await future
 
     def _run(self) -> None:
-        iterator = iter(self._blocks)
+        iterator: Iterator[Block] | None = None
         while (future := self.wanted.get()) is not None:
             try:
+                if iterator is None:  # here: what it raises is told too
+                    iterator = iter(self._blocks)
                 found, err = next(iterator, None), None
             except BaseException as raised:  # noqa: BLE001 - it is told where it is awaited
                 found, err = None, raised

@@ -90,14 +90,16 @@ def test_a_microphone_that_fails_is_not_hidden(url, waits_for_ready):
 @pytest.mark.parametrize("ending", ["error", "lost"])
 def test_a_source_that_is_quiet_holds_nobody(ending):
     """The end is told, and the loop closes, while the source still waits for a sound."""
-    let_go = threading.Event()
+    is_quiet, let_go = threading.Event(), threading.Event()
 
     def quiet():
         yield np.zeros(1_600, np.float32)
+        is_quiet.set()
         let_go.wait()
 
     def ends(websocket):
         websocket.send(messages.to_json(messages.Ready("x", "m", 16_000, 320, 240)))
+        is_quiet.wait(10)  # sooner, and the client would never ask its source again
         if ending == "error":
             websocket.send(messages.to_json(messages.Error("idle_timeout", "no", "", time=0.0)))
         websocket.close(1003, "no")
@@ -234,3 +236,26 @@ def test_what_is_no_address(bad):
 def test_a_frame_that_is_no_event(frame):
     with pytest.raises(ProtocolError, match="not an event"):
         messages.from_json(frame)
+
+
+@pytest.mark.parametrize("blocks_or_none", ["breaks", None])
+def test_a_source_that_cannot_begin_is_told(url, blocks_or_none):
+    """At once, not by waiting for what its thread will never read."""
+
+    class Breaks:
+        def __iter__(self):
+            raise OSError("no such device")
+
+    source = Breaks() if blocks_or_none else None
+    told = []
+
+    def run():
+        try:
+            list(client.stream_sync(url, source))
+        except (OSError, TypeError) as err:
+            told.append(err)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert isinstance(told[0], OSError if blocks_or_none else TypeError)

@@ -26,7 +26,6 @@ import argparse
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from bench import (
     settings,
     writing,
 )
-from bench.captioned import Captioned, hear, warm_up, with_bar
+from bench.captioned import Captioned, caption, hear, warm_up
 from bench.captioned import timing as timing_of
 from bench.delays import Delays, algorithmic
 from sparqle_stream import messages
@@ -52,7 +51,7 @@ from sparqle_stream import messages
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from bench.manifests import Recording, RecordingSet
+    from bench.manifests import RecordingSet
     from bench.settings import Settings
     from sparqle_stream.engine import Engine
     from sparqle_stream.models import Model
@@ -120,26 +119,16 @@ def _caption_all(
     What streams at that moment is lost, and with nothing done it stays a KeyboardInterrupt.
     """
     done: list[list[Captioned]] = []
-    pool = ThreadPoolExecutor(wanted.n_streams)
-
-    def one(recording: Recording) -> Captioned:
-        events = engine.transcribe(recording.pcm(), wanted.stream_options())
-        return Captioned(recording, [e for e in events if not isinstance(e, messages.Tail)])
-
     try:
         for of_set in sets:
-            results = pool.map(one, of_set.recordings)
-            bar = with_bar(results, f"captions {of_set.label}", len(of_set.recordings))
             done.append([])
-            for captioned in bar:
-                done[-1].append(captioned)
+            for captioned in caption(engine, wanted, of_set):
+                done[-1].append(captioned)  # one by one: what is there stays
     except KeyboardInterrupt:
         done = [of_set for of_set in done if of_set]
         if not done:
             raise
         return done, False
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # closing the engine ends what streams
     return done, True
 
 

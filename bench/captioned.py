@@ -15,7 +15,7 @@ from sparqle_stream import messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from bench.manifests import Recording, RecordingSet
     from bench.settings import Settings
@@ -54,17 +54,23 @@ def warm_up(engine: Engine, wanted: Settings, sets: Sequence[RecordingSet]) -> N
     engine.transcribe(pcm, wanted.stream_options())
 
 
-def caption(engine: Engine, wanted: Settings, recordings: RecordingSet) -> list[Captioned]:
-    """Every recording through the engine, as many at once as it has slots, in the given order."""
+def caption(engine: Engine, wanted: Settings, recordings: RecordingSet) -> Iterator[Captioned]:
+    """Every recording through the engine, as many at once as it has slots, in the given order.
+
+    Who stops taking them waits for nobody: closing the engine ends what streams then.
+    """
     options = wanted.stream_options()
 
     def one(recording: Recording) -> Captioned:
         events = engine.transcribe(recording.pcm(), options)
         return Captioned(recording, [e for e in events if not isinstance(e, messages.Tail)])
 
-    with ThreadPoolExecutor(wanted.n_streams) as pool:
+    pool = ThreadPoolExecutor(wanted.n_streams)
+    try:
         results = pool.map(one, recordings.recordings)
-        return list(with_bar(results, f"captions {recordings.label}", len(recordings.recordings)))
+        yield from with_bar(results, f"captions {recordings.label}", len(recordings.recordings))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def hear(model: Model, wanted: Settings, captioned: Sequence[Captioned]) -> None:

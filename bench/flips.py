@@ -34,13 +34,11 @@ if TYPE_CHECKING:
 
     from bench.captioned import Captioned
     from bench.manifests import RecordingSet
-    from bench.scoring import Scorer, Tally
+    from bench.scoring import Scorer
     from bench.settings import Settings
     from sparqle_stream.config import StreamOptions
     from sparqle_stream.models import Model
     from sparqle_stream.stages import Floats
-
-    Pairs = Sequence[tuple[Tally, Tally]]  # of a recording: in the precision asked for, in float32
 
 REFERENCE = "float32"
 GOALS = {"wer_points": 0.3}
@@ -85,36 +83,12 @@ def _ear(counts: Frames) -> dict[str, Any]:
 
 def n_edits(words: Sequence[str], others: Sequence[str]) -> int:
     """Fewest insertions, deletions and substitutions from one list of words to another."""
-    before = list(range(len(others) + 1))
-    for i, word in enumerate(words, 1):
-        row = [i]
-        for j, other in enumerate(others, 1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (word != other)))
-        before = row
-    return before[-1]
+    from jiwer import process_words
 
-
-def difference(
-    groups: Pairs, n: int = scoring.N_RESAMPLES, seed: int = scoring.SEED
-) -> dict[str, Any]:
-    """WER of the first of each pair less that of the second, in points, as JSON.
-
-    The 95 % bootstrap interval draws both of a group together; None for fewer than two groups.
-    """
-    errors = np.array([[one.errors, other.errors] for one, other in groups], float)
-    words = np.array([[one.words, other.words] for one, other in groups], float)
-
-    def of(drawn: np.ndarray[Any, Any]) -> float:
-        (ours, others), (n_ours, n_others) = errors[drawn].sum(0), words[drawn].sum(0)
-        return scoring.percent(ours, n_ours) - scoring.percent(others, n_others)
-
-    edges = None
-    if len(groups) > 1:
-        rng = np.random.default_rng(seed)
-        points = [of(rng.integers(0, len(groups), len(groups))) for _ in range(n)]
-        tail = 100 * (1 - scoring.CONFIDENCE) / 2
-        edges = [round(float(edge), 2) for edge in np.percentile(points, [tail, 100 - tail])]
-    return {"points": round(of(np.arange(len(groups))), 2), "interval_95": edges}
+    if not words or not others:
+        return len(words) + len(others)
+    out = process_words(" ".join(words), " ".join(others))
+    return out.substitutions + out.deletions + out.insertions
 
 
 def _words(scorer: Scorer, rounded: Sequence[str], exact: Sequence[str]) -> dict[str, Any]:
@@ -144,13 +118,13 @@ def _accuracy(
     sides = [[scorer.score(two[i].recording.text, two[i].text) for two in both] for i in range(2)]
     speakers = [one.recording.speaker for one, _ in both]
     by_speaker = [scoring.by_speaker(zip(speakers, side, strict=True)).values() for side in sides]
-    of_speakers = difference(list(zip(*by_speaker, strict=True)))
+    of_speakers = scoring.difference(list(zip(*by_speaker, strict=True)))
     return {
         "reference_words": scoring.total(sides[0]).words,
         "wer_percent": round(scoring.total(sides[0]).wer, 2),
         "wer_float32_percent": round(scoring.total(sides[1]).wer, 2),
         "recordings": len(both),
-        "difference": difference(list(zip(*sides, strict=True)))
+        "difference": scoring.difference(list(zip(*sides, strict=True)))
         | {"interval_95_speakers": of_speakers["interval_95"]},
     }
 
@@ -168,7 +142,7 @@ def measure(
     sides = []
     for model in pair:
         with closing(Engine(model, wanted.engine_config())) as engine:
-            sides.append([captioned.caption(engine, wanted, of_set) for of_set in sets])
+            sides.append([list(captioned.caption(engine, wanted, s)) for s in sets])
     reports = []
     for of_set, rounded, exact in zip(sets, *sides, strict=True):
         ear = Frames()

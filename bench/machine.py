@@ -81,12 +81,20 @@ def peak_rss_mb() -> float:
 
     Where /proc tells it: getrusage also counts what the parent held when it started this process.
     """
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith("VmHWM:"):
-            return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    if (told := high_water_mb()) is not None:
+        return round(told, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def high_water_mb(pid: int | str = "self") -> float | None:
+    """Most memory that a process has held, in 10^6 bytes; None if it is gone, or without /proc."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    marks = (int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return next((1024 * mark / 1e6 for mark in marks), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench.tables import conditions, number, settings, table
+from bench.tables import conditions, number, settings, table, wider
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +89,6 @@ def _difference(scored: Json | None, goals: Json) -> str:
     if scored is None:
         return "-"
     found = scored["difference"]
-    known = [e for e in (found["interval_95_speakers"], found["interval_95"]) if e]
-    edges = max(known, key=lambda e: e[1] - e[0], default=None)
+    edges = wider(found["interval_95"], found["interval_95_speakers"])
     chance = f" ({edges[0]:+.2f} .. {edges[1]:+.2f})" if edges else ""
     return f"**{found['points']:+.2f}**{chance}, goal at most {goals['wer_points']:g}"

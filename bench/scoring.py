@@ -3,13 +3,13 @@
 Both sides go through whisper-normalizer's English rules; jiwer aligns them. Rates are those of the
 whole corpus: errors of all utterances over words of all references, not a mean of rates. Intervals
 are percentile bootstraps (Bisani and Ney, 2004), seeded: over utterances, and over speakers, whose
-utterances resemble each other, so that this one is the wider and the honester.
+utterances resemble each other, so that of many speakers this one is the wider and the honester.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
@@ -17,9 +17,14 @@ from sparqle_stream import messages
 from sparqle_stream.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
+
+    Drawn = npt.NDArray[np.int64]  # indices of groups
+    Pairs = Sequence[tuple["Tally", "Tally"]]  # of a group: on some terms, and on others
+
+T = TypeVar("T")
 
 N_RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -117,41 +122,63 @@ def interval(groups: Sequence[Tally], n: int = N_RESAMPLES, seed: int = SEED) ->
         return None
     errors = np.array([group.errors for group in groups])
     words = np.array([group.words for group in groups])
+
+    def of(drawn: Drawn) -> float:
+        return percent(float(errors[drawn].sum()), float(words[drawn].sum()))
+
+    return _edges(_resampled(len(groups), of, n, seed), 2)
+
+
+def _resampled(n_groups: int, of: Callable[[Drawn], T], n: int, seed: int) -> list[T]:
+    """A figure of so many groups, drawn with replacement n times."""
     rng = np.random.default_rng(seed)
-    rates = np.empty(n)
-    for i in range(n):
-        drawn = rng.integers(0, len(groups), len(groups))
-        rates[i] = percent(float(errors[drawn].sum()), float(words[drawn].sum()))
+    return [of(rng.integers(0, n_groups, n_groups)) for _ in range(n)]
+
+
+def _edges(figures: Sequence[float], n_digits: int) -> list[float]:
+    """What CONFIDENCE of the figures lie between."""
     tail = 100 * (1 - CONFIDENCE) / 2
-    return [round(float(edge), 2) for edge in np.percentile(rates, [tail, 100 - tail])]
+    return [round(float(e), n_digits) for e in np.percentile(figures, [tail, 100 - tail])]
 
 
-def ratio(
-    groups: Sequence[tuple[Tally, Tally]], n: int = N_RESAMPLES, seed: int = SEED
-) -> dict[str, Any]:
+def difference(groups: Pairs, n: int = N_RESAMPLES, seed: int = SEED) -> dict[str, Any]:
+    """WER of the first of each pair less that of the second, in points, as JSON.
+
+    The 95 % bootstrap interval draws both of a group together; None for fewer than two groups.
+    """
+    errors, words = _paired(groups)
+
+    def of(drawn: Drawn) -> float:
+        (ours, others), (n_ours, n_others) = errors[drawn].sum(0), words[drawn].sum(0)
+        return percent(ours, n_ours) - percent(others, n_others)
+
+    edges = _edges(_resampled(len(groups), of, n, seed), 2) if len(groups) > 1 else None
+    return {"points": round(of(np.arange(len(groups))), 2), "interval_95": edges}
+
+
+def _paired(groups: Pairs) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Errors and words (G, 2) of both of each group."""
+    errors = np.array([[one.errors, other.errors] for one, other in groups], float)
+    return errors, np.array([[one.words, other.words] for one, other in groups], float)
+
+
+def ratio(groups: Pairs, n: int = N_RESAMPLES, seed: int = SEED) -> dict[str, Any]:
     """(tally, tally of the same on other terms) of each group -> WER over the other's, as JSON.
 
     The 95 % bootstrap interval draws both of a group together; None for fewer than two groups, and
     where nothing was wrong to divide by.
     """
-    errors = np.array([[one.errors, other.errors] for one, other in groups], float)
-    words = np.array([[one.words, other.words] for one, other in groups], float)
+    errors, words = _paired(groups)
 
-    def of(drawn: npt.NDArray[np.int64]) -> float | None:
+    def of(drawn: Drawn) -> float | None:
         (ours, others), (n_ours, n_others) = errors[drawn].sum(0), words[drawn].sum(0)
         return float(ours / n_ours / (others / n_others)) if n_ours and others else None
 
-    rng = np.random.default_rng(seed)
-    drawn = [of(rng.integers(0, len(groups), len(groups))) for _ in range(n)]
-    found = [one for one in drawn if one is not None]
-    tail = 100 * (1 - CONFIDENCE) / 2
-    edges = (
-        np.percentile(found, [tail, 100 - tail]) if len(found) == n and len(groups) > 1 else None
-    )
+    found = [one for one in _resampled(len(groups), of, n, seed) if one is not None]
     whole = of(np.arange(len(groups)))
     return {
         "ratio": None if whole is None else round(whole, 3),
-        "ratio_interval_95": None if edges is None else [round(float(e), 3) for e in edges],
+        "ratio_interval_95": _edges(found, 3) if len(found) == n and len(groups) > 1 else None,
     }
 
 

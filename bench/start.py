@@ -149,13 +149,11 @@ def peak_mb(pid: int) -> float:
 
     Where there is no /proc, what it holds now: peaks between two looks are lost then.
     """
-    status = Path(f"/proc/{pid}/status")
-    with suppress(OSError, ConfigError):
-        if not Path("/proc/self/status").exists():
+    if (told := machine.high_water_mb(pid)) is not None:
+        return told
+    with suppress(ConfigError):
+        if machine.high_water_mb() is None:
             return machine.Process(pid).read().rss_mb
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
     return 0.0
 
 
@@ -193,23 +191,19 @@ def _spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def run(args: argparse.Namespace, wanted: Settings) -> dict[str, Any]:
-    busy = machine.require_free(is_forced=args.force)
+    free = machine.require_free(is_forced=args.force)
     recordings = manifests.of_files([args.file]) if args.file else manifests.bundled()
     manifests.require_files([recordings])
     (recording,) = recordings.recordings
     model = wanted.load_model()  # makes the graphs where they are missing: no start of that counts
     facts = bound(model), machine.card(model.weights_hash, wanted.threads)
-    program = command(wanted, recording.path)
+    program, under = command(wanted, recording.path), machine.Conditions(free)
     warm_up, *runs = [watch(program) for _ in range(1 + args.runs)]
     return {
         "bench": "start",
         "settings": wanted.summary() | {"runs": args.runs},
         "machine": facts[1],
-        "timing": {
-            "others_share_before": round(busy, 3),
-            "machine_was_busy": busy > machine.MAX_BUSY_SHARE,
-            "pace": "as fast as the machine goes, WebVTT into a pipe",
-        },
+        "timing": under.summary() | {"pace": "as fast as the machine goes, WebVTT into a pipe"},
         "recording": {"name": recording.id, "seconds": round(recording.length_s(), 2)},
         "warm_up_first_caption_s": round(warm_up.first_caption_s, 3),
         "first_cue": runs[0].first_cue,

@@ -96,7 +96,12 @@ def interval(speech: Json) -> list[float] | None:
         return by_speaker
     if speech["utterances"] < FEWEST_GROUPS:
         return None
-    known = [edges for edges in (by_utterance, by_speaker) if edges]
+    return wider(by_utterance, by_speaker)
+
+
+def wider(*intervals: list[float] | None) -> list[float] | None:
+    """The widest of those that are known."""
+    known = [edges for edges in intervals if edges]
     return max(known, key=lambda edges: edges[1] - edges[0], default=None)
 
 

@@ -59,7 +59,7 @@ def cell(
     under = machine.Conditions(machine.busy_share())
     with closing(Engine(model, wanted.engine_config())) as engine:
         captioned.warm_up(engine, wanted, sets)
-        captions = [captioned.caption(engine, wanted, s) for s in sets]
+        captions = [list(captioned.caption(engine, wanted, s)) for s in sets]
     card = machine.card(model.weights_hash, wanted.threads)
     return {
         "chunk_ms": wanted.chunk_ms,

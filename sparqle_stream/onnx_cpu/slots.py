@@ -218,17 +218,18 @@ class Slots:
         some of them, by place."""
         block = self._memory.block(self._place[list(new)])
         slots = self._at[block].tolist()  # of these the pass is made; some may be idle
+        index = {slot: i for i, slot in enumerate(slots)}
         counts = np.array([len(new.get(slot, ())) for slot in slots], np.int32)
         spread = np.zeros((len(slots), counts.max()), np.int64)
         pack = np.empty((int(counts.sum()), 2), np.int64)
         at = 0
         for slot, embeds in new.items():
-            n, i = len(embeds), slots.index(slot)
+            n, i = len(embeds), index[slot]
             spread[i, :n] = np.arange(at, at + n)
             pack[at : at + n, 0], pack[at : at + n, 1] = i, np.arange(n)
             at += n
         length = self.length[slots]
-        grown = {slots.index(slot): tree for slot, tree in trees.items()}
+        grown = {index[slot]: tree for slot, tree in trees.items()}
         position, unseen = self._places(length, counts, grown)
         inputs = {
             "x": np.concatenate(list(new.values())),

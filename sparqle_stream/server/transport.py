@@ -32,28 +32,26 @@ class HastyProtocol(H11Protocol):
     """A client that opens a connection and does not say what for is cut, and so is one that begins
     another request on it and does not go on."""
 
-    _unfinished: asyncio.TimerHandle | None = None  # the head of a further request
+    _unfinished: asyncio.TimerHandle | None = None  # while the head of a request is awaited
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(REQUEST_S, self._cut_silent)
-
-    def _cut_silent(self) -> None:
-        is_upgraded = self.transport.get_protocol() is not self
-        if not is_upgraded and self.cycle is None:
-            self.transport.abort()
+        self._await_head()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        is_in_head = self.cycle is not None and self.conn.their_state is h11.IDLE
-        if is_in_head and self._unfinished is None:
-            self._unfinished = self.loop.call_later(REQUEST_S, self.transport.abort)
-        elif not is_in_head:
+        if self.conn.their_state is h11.IDLE:
+            self._await_head()
+        else:
             self._forget()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._unfinished is None:
+            self._unfinished = self.loop.call_later(REQUEST_S, self.transport.abort)
 
     def _forget(self) -> None:
         if self._unfinished is not None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from bench_broken import BrokenBatch
 
 from bench import accuracy, long_form, manifests, report
 from bench.settings import Settings
@@ -110,17 +111,6 @@ def test_the_page_can_be_made_of_the_result(tiny, idle, speech, noise):
     assert f"**{figures['wer_percent']:.1f}**" in page
     assert f"| {figures['greedy_ctc']['wer_percent']:.1f} |" in page
     assert figures["writing"] is None  # references in small letters
-
-
-class BrokenBatch(testing.OracleBatch):
-    """Fails when it hears a q."""
-
-    def run(self, sessions):
-        result = super().run(sessions)
-        q = 1 + len(testing.LETTERS) + testing.LETTERS.index("q")
-        if any(q in slot.codes for slot in self.slots):
-            raise RuntimeError("a bug")
-        return result
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -278,7 +268,7 @@ def interrupt(monkeypatch, after: int) -> None:
             left[0] -= 1
             yield item
 
-    monkeypatch.setattr("bench.accuracy.with_bar", with_bar)
+    monkeypatch.setattr("bench.captioned.with_bar", with_bar)
 
 
 def test_ctrl_c_leaves_what_was_done(command, idle, noise, monkeypatch, tmp_path):

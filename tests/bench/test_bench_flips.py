@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import flips, manifests
+from bench import flips, manifests, scoring
 from bench.captioned import Captioned
 from bench.scoring import Tally
 from bench.settings import Settings
@@ -112,21 +112,21 @@ def tally(errors: int, words: int = 10) -> Tally:
 def test_a_difference_is_paired():
     """Both sides vary much, and together: only what they differ by is by chance."""
     alike = [(tally(n), tally(n)) for n in (0, 9, 0, 9, 3)]
-    assert flips.difference(alike) == {"points": 0.0, "interval_95": [0.0, 0.0]}
+    assert scoring.difference(alike) == {"points": 0.0, "interval_95": [0.0, 0.0]}
     worse = [(tally(n + 1), tally(n)) for n in (0, 8, 0, 8, 3)]
-    assert flips.difference(worse) == {"points": 10.0, "interval_95": [10.0, 10.0]}
+    assert scoring.difference(worse) == {"points": 10.0, "interval_95": [10.0, 10.0]}
 
 
 def test_the_interval_of_a_difference():
     """One of four has two errors more, two of 100 words in all: seen none to four times."""
     groups = [(tally(2, 25), tally(0, 25)), *[(tally(1, 25), tally(1, 25))] * 3]
-    got = flips.difference(groups)
+    got = scoring.difference(groups)
     assert got["points"] == 2.0
     low, high = got["interval_95"]
     assert low == 0.0
     assert high == 6.0  # P(all four) = 1/256, P(three or more) = 13/256
-    assert flips.difference(groups) == got  # seeded
-    assert flips.difference(groups[:1])["interval_95"] is None
+    assert scoring.difference(groups) == got  # seeded
+    assert scoring.difference(groups[:1])["interval_95"] is None
 
 
 # --- sets ----------------------------------------------------------------------------------------

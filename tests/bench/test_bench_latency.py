@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from bench_broken import BrokenBatch
 
 from bench import latency, players, plots, report
 from bench.manifests import Recording
@@ -301,17 +302,6 @@ def test_the_command_forced_on_a_busy_machine_says_so(monkeypatch, folder, capsy
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["timing"]["machine_was_busy"]
     assert result["sets"] == [{"name": "files", "recordings": 1, "manifest_sha256": ""}]
-
-
-class BrokenBatch(testing.OracleBatch):
-    """Fails when it hears a q."""
-
-    def run(self, sessions):
-        result = super().run(sessions)
-        q = 1 + len(testing.LETTERS) + testing.LETTERS.index("q")
-        if any(q in slot.codes for slot in self.slots):
-            raise RuntimeError("a bug")
-        return result
 
 
 @pytest.fixture

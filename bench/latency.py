@@ -150,6 +150,7 @@ def _player(
 def _remote(args: argparse.Namespace, wanted: Settings, url: str, engine: Engine | None) -> Player:
     """A player over /v1/stream; what the steps cost is known of an engine here only."""
     from bench import players
+    from bench.targets import until_free
 
     query: dict[str, str | int] = {"chunk_ms": wanted.chunk_ms, "delay_ms": wanted.delay_ms}
     query |= {"vad": wanted.vad, "vad_stop_ms": wanted.vad_stop_ms}
@@ -157,6 +158,8 @@ def _remote(args: argparse.Namespace, wanted: Settings, url: str, engine: Engine
 
     def play(pcm: Pcm, options: StreamOptions, progress: Progress) -> Take:
         del options  # they are in the query
+        if engine is not None:
+            until_free(url)  # its one slot is that of the recording before
         return players.play_remote(url, pcm, query, args.api_key, progress, metrics)
 
     return play

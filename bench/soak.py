@@ -333,8 +333,8 @@ def _begin(
         return slots[-1]
 
     cfg = wanted.engine_config()
-    if not args.server:
-        cfg = dataclasses.replace(cfg, n_slots=cfg.n_slots + 1)  # of the stream that stays open
+    # One more: for the stream that stays open, or that a server has not forgotten yet.
+    cfg = dataclasses.replace(cfg, n_slots=cfg.n_slots + 1)
     engine = stack.enter_context(engines.Engine(model, cfg, make_slots))
     if args.server:
         served = server.ServerConfig(port=0, drain_s=0.0, defaults=wanted.stream_options())

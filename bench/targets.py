@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
+from urllib.request import urlopen
 
 from sparqle_stream import messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from sparqle_stream.engine import Engine
 
 DONE_TIMEOUT_S = 60.0  # after the last packet; whoever is later has dropped the stream
+FREE_TIMEOUT_S = 10.0
 
 
 class End(Enum):
@@ -166,3 +169,18 @@ class StreamTarget:
             await events.aclose()
         outcome.ended_at = time.perf_counter()
         return outcome
+
+
+def until_free(url: str) -> None:
+    """Waits for our server at ws://HOST:PORT to have freed all of its slots, which it does a moment
+    after a client is gone: who comes sooner may be refused. Gives up after FREE_TIMEOUT_S, since
+    whoever is refused then will say so.
+    """
+    address, until = f"http{url.removeprefix('ws')}/readyz", time.monotonic() + FREE_TIMEOUT_S
+    while time.monotonic() < until:
+        # 503 while it is full: an HTTPError, which is an OSError
+        with contextlib.suppress(OSError), urlopen(address, timeout=FREE_TIMEOUT_S) as told:
+            state = json.load(told)
+            if state["slots_free"] == state["slots"]:
+                return
+        time.sleep(0.02)

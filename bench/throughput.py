@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import load, machine, manifests, plots, reel, settings
-from bench.targets import End, EngineTarget, StreamTarget
+from bench.targets import End, EngineTarget, StreamTarget, until_free
 from sparqle_stream.config import SAMPLE_RATE_HZ, n_cores
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from bench.manifests import RecordingSet
     from bench.reel import Reel
@@ -40,21 +42,27 @@ WARM_UP_S = 3.0
 OWN = "stream"
 OTHERS = ("openai", "vllm", "deepgram", "whisperlive", "whisperlivekit")  # bench.dialects
 FOREIGN_LIMIT_MS = 1000.0  # of lag, where the protocol counts from the end of speech
+REST_S = 1.0  # for the slots of servers that cannot be asked, as `until_free` asks ours
 
 
 class Rig:
     """What all runs of one benchmark share: whom they play to, the reel, whose CPU is read."""
 
-    def __init__(self, args: argparse.Namespace, target: Target, tape: Reel) -> None:
+    def __init__(
+        self, args: argparse.Namespace, target: Target, rest: Callable[[], None], tape: Reel
+    ) -> None:
         self.target, self.tape = target, tape
+        self._rest = rest  # after a run, until all of its slots are free
         self.process = machine.Process(args.server_pid)
         self.is_readable = bool(args.server_pid) or not args.url
         self._packet_ms, self._seed = args.packet_ms, args.seed
 
     def play(self, bookings: list[load.Booking]) -> load.Played:
-        return load.play(
+        played = load.play(
             self.target, self.tape, bookings, self._packet_ms, self._seed, self.process
         )
+        self._rest()
+        return played
 
     def warm_up(self) -> str:
         """A short stream that does not count -> the model's name. Raises ConfigError."""
@@ -125,8 +133,8 @@ def measure(
     tape = reel.load(sets, args.pause_s, args.seed)
     limit_ms = args.limit_ms or _default_limit_ms(args)
     with ExitStack() as stack:
-        target = _target(args, wanted, model, stack)
-        rig = Rig(args, target, tape)
+        target, rest = _target(args, wanted, model, stack)
+        rig = Rig(args, target, rest, tape)
         name = rig.warm_up()
         is_open = args.arrivals is not None
         found = coming_and_going(rig, args, limit_ms) if is_open else rising(rig, args, limit_ms)
@@ -155,27 +163,30 @@ def measure(
 
 def _target(
     args: argparse.Namespace, wanted: Settings, model: Model | None, stack: ExitStack
-) -> Target:
-    """Whom the streams play to; what has to be closed afterwards goes on the stack."""
+) -> tuple[Target, Callable[[], None]]:
+    """Whom the streams play to, and what waits until it has room again; what has to be closed
+    afterwards goes on the stack.
+    """
     from bench.dialects import DIALECTS
     from bench.socket_target import SocketTarget
     from sparqle_stream import engine as engines
     from sparqle_stream import server
 
     options = wanted.stream_options()
-    url = args.url
+    url, rest = args.url, partial(time.sleep, REST_S)
     if model is not None:
         engine = stack.enter_context(engines.Engine(model, wanted.engine_config()))
         if not args.server:
-            return EngineTarget(engine, options)
+            return EngineTarget(engine, options), lambda: None  # freed before a run is over
         cfg = server.ServerConfig(port=0, drain_s=0.0, defaults=options)
         url = stack.enter_context(server.background(engine, cfg))
+        rest = partial(until_free, url)
     if args.dialect != OWN:
         asked = args.server_model or (model.name if model else "")
-        return SocketTarget(url, DIALECTS[args.dialect], asked, args.api_key)
+        return SocketTarget(url, DIALECTS[args.dialect], asked, args.api_key), rest
     query: dict[str, str | int] = {"chunk_ms": wanted.chunk_ms, "delay_ms": wanted.delay_ms}
     query |= {"vad": wanted.vad, "vad_stop_ms": wanted.vad_stop_ms}
-    return StreamTarget(url, query, args.api_key)
+    return StreamTarget(url, query, args.api_key), rest
 
 
 def _default_limit_ms(args: argparse.Namespace) -> float:

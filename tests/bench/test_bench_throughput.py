@@ -20,6 +20,7 @@ from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig, n_cores
 from sparqle_stream.engine import Engine
 from sparqle_stream.errors import ConfigError
+from sparqle_stream.server.connection import Connection
 
 NO_VAD = StreamOptions(vad=VadConfig(kind="off"))
 WORDS = ["good", "day", "to", "you", "all", "and", "so", "it", "goes"]
@@ -346,6 +347,19 @@ def test_more_and_more_streams_in_the_dialects_of_others(idle, monkeypatch, caps
     assert result["streams_held"] == most
     assert [one["without_lag"] for one in result["levels"]] == [0] * most
     assert all(one["lag_ms"]["n"] >= one["streams"] for one in result["levels"])
+
+
+def test_a_server_that_frees_its_slots_late_refuses_no_level(run, monkeypatch):
+    """With as many slots as streams, the next level finds those of the last one free."""
+    serve = Connection.run
+
+    async def lingering(self, subprotocol=None):
+        await serve(self, subprotocol)
+        await asyncio.sleep(0.5)
+
+    monkeypatch.setattr(Connection, "run", lingering)
+    result = run("--most", "2", "--limit-ms", "60000", "--server")
+    assert [(one["refused"], one["kept_up"]) for one in result["levels"]] == [(0, True)] * 2
 
 
 def test_a_level_of_which_nothing_is_heard_ends_the_search(run, monkeypatch):

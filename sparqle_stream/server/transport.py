@@ -9,6 +9,7 @@ backpressure nobody else would notice.
 from __future__ import annotations
 
 import select
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import h11
@@ -18,6 +19,9 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+    from uvicorn._types import ASGISendEvent
 
     from sparqle_stream.server.connection import Wire
 
@@ -36,6 +40,7 @@ class HastyProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.app = partial(self._serve, self.app)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -48,6 +53,10 @@ class HastyProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         super().connection_lost(exc)
+
+    async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("extensions", {})[ABORT] = self.transport.abort
+        await app(scope, receive, send)
 
     def _await_head(self) -> None:
         if self._unfinished is None:
@@ -62,6 +71,8 @@ class HastyProtocol(H11Protocol):
 class AbortableProtocol(WebSocketsSansIOProtocol):
     """Puts both functions into the scope's extensions."""
 
+    _linger_until: float | None = None
+
     async def run_asgi(self) -> None:
         extensions = cast("dict[str, Any]", self.scope["extensions"])
         extensions[ABORT] = self.transport.abort
@@ -69,6 +80,12 @@ class AbortableProtocol(WebSocketsSansIOProtocol):
         await super().run_asgi()
         # asyncio would flush to a client that reads nothing for ever.
         self.loop.call_later(self.close_timeout + 1, self.transport.abort)
+
+    async def send(self, message: ASGISendEvent) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body":
+            # A refusal is an answer; uvicorn would log that the handshake was never completed.
+            self.handshake_complete = True
 
     def send_receive_event_to_app(self) -> None:
         """Text that is not UTF-8 is the client's fault: 1007, and no traceback in the log."""
@@ -88,8 +105,9 @@ class AbortableProtocol(WebSocketsSansIOProtocol):
         To close a socket with unread data is to reset it, and a client in the middle of a frame
         that is too big would never see the close code. Called again for whatever else arrives.
         """
-        if self.close_timer is None:
+        if self._linger_until is None:
             self._linger_until = self.loop.time() + LINGER_S
+        if self.close_timer is None:
             sent = self.conn.close_sent
             code, reason = (sent.code, sent.reason) if sent is not None else (1002, "")
             self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
@@ -123,6 +141,11 @@ def is_hung_up(transport: asyncio.BaseTransport) -> bool:
 def abort(websocket: Wire) -> None:
     """Cut the connection now, without a close frame."""
     cast("Callable[[], None]", websocket.scope["extensions"][ABORT])()
+
+
+def abort_request(scope: Scope) -> None:
+    """The same for a request over HTTP."""
+    cast("Callable[[], None]", scope["extensions"][ABORT])()
 
 
 def is_gone(websocket: Wire) -> bool:

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from sparqle_stream import audio, messages
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import FULL_DISK, BusyError, ConfigError, SparqleError
-from sparqle_stream.server import openai_files, request
+from sparqle_stream.server import openai_files, request, transport
 from sparqle_stream.server.settings import (
     FrameSizeError,
     IdleError,
@@ -48,6 +48,7 @@ BLOCK_SAMPLES = SAMPLE_RATE_HZ // 2
 COPY_BYTES = 1 << 20
 MODEL_HEADER = "openai-model"  # of the answer: which one it was, whatever name was asked for
 POLL_S = 0.5
+FORM = "multipart/form-data"
 FORM_FIELDS = 64
 FIELD_BYTES = 64 << 10
 STATUS = {
@@ -70,6 +71,7 @@ class Upload:
         self._events: asyncio.Queue[messages.Event | SparqleError] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._is_over = threading.Event()
+        self._ends_at = self._loop.time() + hub.cfg.max_stream_s
 
     # --- what the hub calls ----------------------------------------------------------------------
 
@@ -95,6 +97,15 @@ class Upload:
 
     # --- life ------------------------------------------------------------------------------------
 
+    @contextlib.asynccontextmanager
+    async def in_time(self) -> AsyncGenerator[None, None]:
+        """What is inside ends when the request has lasted too long: that is an IdleError."""
+        try:
+            async with asyncio.timeout_at(self._ends_at):
+                yield
+        except TimeoutError:
+            raise self._late() from None
+
     async def events(
         self, path: Path, asked: openai_files.Request
     ) -> AsyncGenerator[messages.Event, None]:
@@ -103,6 +114,7 @@ class Upload:
         # A thread of its own: the loop has few for all, and this one is needed for the whole file.
         thread = ThreadPoolExecutor(1, "upload")
         pump = self._loop.run_in_executor(thread, self._pump, self._stream, path)
+        clock = self._loop.call_at(self._ends_at, self._end_late)
         try:
             while True:
                 event = await self._events.get()
@@ -115,6 +127,7 @@ class Upload:
                 if isinstance(event, messages.Done):
                     return
         finally:
+            clock.cancel()
             self._is_over.set()
             self._stream.cancel()
             await asyncio.gather(pump, return_exceptions=True)
@@ -150,21 +163,43 @@ class Upload:
         self._is_over.set()
         self._events.put_nowait(err)
 
+    def _end_late(self) -> None:
+        """A reader that is slow would be told all that waits first, and hold its slot."""
+        while not self._events.empty():
+            self._events.get_nowait()
+        self._fail(self._late())
+
+    def _late(self) -> IdleError:
+        limit = f"at most {self._hub.cfg.max_stream_s:g} s"
+        return IdleError("the request takes too long", hint=limit)
+
 
 class EventStream(StreamingResponse):
     """Server-sent events; whatever ends them, also before the first, `stack` is closed after."""
 
-    def __init__(self, events: AsyncGenerator[str, None], stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str, None], stack: contextlib.ExitStack, send_s: float
+    ) -> None:
         # A proxy that gathers the answer would take its point away.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
         self._stack = stack
+        self._send_s = send_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_or_cut(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._send_s):
+                    await send(message)
+            except TimeoutError:
+                log.warning("connection cut: the client took no byte for too long")
+                transport.abort_request(scope)
+                await send(message)  # to nobody: it returns once the connection is gone
+
         with self._stack:
             try:
-                await super().__call__(scope, receive, send)
+                await super().__call__(scope, receive, send_or_cut)
             finally:
                 await self._events.aclose()
 
@@ -191,12 +226,13 @@ async def transcribe(http: HttpRequest) -> Response:
         stack.enter_context(hub.metrics.open.labels(ROUTE).track_inprogress())
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparqle-upload-"))
         with _room():
-            path, asked = await _receive(http, hub, Path(folder))
+            async with upload.in_time():
+                path, asked = await _receive(http, hub, Path(folder))
         result = openai_files.result(asked, hub.model)
         hub.metrics.connections.labels(ROUTE).inc()
         events = upload.events(path, asked)
         if asked.is_streamed:
-            streamed = EventStream(_stream(events, result), stack)
+            streamed = EventStream(_stream(events, result), stack, hub.cfg.send_s)
             streamed.headers[MODEL_HEADER] = hub.model
             stack = contextlib.ExitStack()  # the answer gives back
             return streamed
@@ -214,6 +250,8 @@ async def transcribe(http: HttpRequest) -> Response:
 
 async def _receive(http: HttpRequest, hub: Hub, folder: Path) -> tuple[Path, openai_files.Request]:
     """The form's file on disk and its other fields, checked."""
+    if _media_type(http) != FORM:  # of other forms every version of Starlette limits something else
+        raise ConfigError("not a form with a file", hint=FORM)
     limit = hub.cfg.upload_bytes
     n_bytes = 0
 
@@ -234,7 +272,7 @@ async def _receive(http: HttpRequest, hub: Hub, folder: Path) -> tuple[Path, ope
             max_files=1, max_fields=FORM_FIELDS, max_part_size=FIELD_BYTES
         )
     except HTTPException as err:
-        raise ConfigError(f"not a form: {err.detail}", hint="multipart/form-data") from err
+        raise ConfigError(f"not a form: {err.detail}", hint=FORM) from err
     async with contextlib.AsyncExitStack() as opened:
         opened.push_async_callback(form.close)
         file = form.get("file")
@@ -247,6 +285,10 @@ async def _receive(http: HttpRequest, hub: Hub, folder: Path) -> tuple[Path, ope
             while data := await file.read(COPY_BYTES):
                 await asyncio.to_thread(out.write, data)
     return path, asked
+
+
+def _media_type(http: HttpRequest) -> str:
+    return http.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _whole(
@@ -304,7 +346,9 @@ async def _stream(
 def _refusal(err: SparqleError) -> Response:
     """An error before anything was answered."""
     status = err.status if isinstance(err, request.RefusedError) else STATUS.get(err.code, 400)
-    headers = {"Retry-After": str(request.RETRY_AFTER_S)} if status in (429, 503) else None
+    headers = {"Retry-After": str(request.RETRY_AFTER_S)} if status in (429, 503) else {}
+    if status == 408:  # the rest of the body may drip in for ever
+        headers["Connection"] = "close"
     return JSONResponse(openai_files.error_body(err, _kind(err)), status, headers)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 QUERY_FIELDS = ("language", "target_language", "mode")
 MODES = ("full", "diff")
 MAX_LINES = 200
+MAX_LINE_S = 5.0  # of speech without a pause
 
 
 class AsrDialect:
@@ -75,6 +76,8 @@ class AsrDialect:
                 self._send_state(event.lag)
             case messages.Final():
                 self._now.add(event)
+                if self._now.seconds >= MAX_LINE_S:
+                    self._end_line()
                 self._send_state(event.lag)
             case messages.Tail():
                 self._now.tail = event.text

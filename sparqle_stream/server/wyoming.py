@@ -289,6 +289,8 @@ class WyomingServer:
         link.dialect = dialect
         try:
             await link.run()
+        except asyncio.CancelledError:
+            pass  # by `stop`; Python 3.11 logs a traceback for a task of streams that is cancelled
         finally:
             dialect.release()
             self._tasks.discard(task)

@@ -37,7 +37,7 @@ def no_traceback(caplog) -> Iterator[None]:
     """Whatever a client does is no bug: nothing at ERROR, nowhere a traceback."""
     caplog.set_level(logging.INFO)
     yield
-    for record in caplog.records:
+    for record in caplog.get_records("call"):  # `records` are those of the teardown by now
         assert record.levelno < logging.ERROR, record.getMessage()
         assert record.exc_info is None, record.getMessage()
 

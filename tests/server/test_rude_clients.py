@@ -212,6 +212,20 @@ def test_an_old_connection_is_not_taken_for_a_silent_one(engine, monkeypatch):
         client.socket.close()
 
 
+@pytest.mark.usefixtures("no_traceback")
+def test_a_frame_that_is_none_after_our_close(engine, url):
+    client = RawClient(url, "/v1/stream?nonsense=1")
+    while b"nonsense" not in client.answer or b"\x88" not in client.answer:
+        client.answer += client.socket.recv(1)
+    time.sleep(0.1)  # the close frame is out, and the server waits for its echo
+    client.socket.sendall(bytes([0x87, 0x80, 0, 0, 0, 0]))
+    with contextlib.suppress(ConnectionResetError):
+        while client.socket.recv(1000):
+            pass
+    client.socket.close()
+    is_well(engine, url)
+
+
 def test_many_at_once(engine, url):
     """A hundred connections to two slots: some get in, the rest are told, none hangs."""
     answers = []

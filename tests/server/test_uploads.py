@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import io
@@ -269,3 +270,102 @@ def test_a_failure_while_the_file_is_read_is_an_answer(client, engine, monkeypat
     assert failed.value.status_code == 500
     assert failed.value.code == "internal"
     assert engine.metrics().n_streams == 0
+
+
+def begin_post(url: str, length: int, content_type: str = "multipart/form-data; boundary=x"):
+    """A connection on which so many bytes of a form are to follow."""
+    host, port = url.removeprefix("ws://").split(":")
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    sock.settimeout(WAIT_S)
+    sock.connect((host, int(port)))
+    head = "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: h\r\nContent-Type: {}\r\n"
+    sock.sendall(f"{head.format(content_type)}Content-Length: {length}\r\n\r\n".encode())
+    return sock
+
+
+def form_of(pcm) -> bytes:
+    """A form that asks for server-sent events."""
+    part = b"--x\r\nContent-Disposition: form-data; name="
+    return b"".join(
+        (part, b"stream\r\n\r\ntrue\r\n")
+        + (part, b"file; filename=a.wav\r\n\r\n", wav(pcm), b"\r\n--x--\r\n")
+    )
+
+
+@pytest.fixture
+def long_words(monkeypatch):
+    """Stands for hours of them: what waits for the reader is more than the kernel takes."""
+    delta = openai_files.Result.delta
+
+    def longer(self, event, *, is_first):
+        return delta(self, event, is_first=is_first) + ": " + "x" * 4_000_000 + "\n\n"
+
+    monkeypatch.setattr(openai_files.Result, "delta", longer)
+
+
+@pytest.mark.usefixtures("no_traceback", "long_words")
+def test_a_reader_that_stops_is_cut(engine):
+    """Its slot was taken until it came back to its senses."""
+    body = form_of(PCM)
+    with serving(engine, defaults=OFF, send_s=0.5) as url:
+        with begin_post(url, len(body)) as sock:
+            sock.sendall(body)
+            wait_until(lambda: get(url, "/readyz")[1]["slots_free"] == 1)
+            wait_until(lambda: get(url, "/readyz")[1]["slots_free"] == 2)
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := sock.recv(1 << 20):
+                    answer = answer[-100:] + part
+            assert not answer.endswith(b"0\r\n\r\n"), "the last chunk of all"
+        assert engine.metrics().n_streams == 0
+
+
+@pytest.mark.usefixtures("no_traceback", "long_words")
+def test_a_reader_that_is_slow_has_max_stream_s(engine):
+    """It takes something all the time, so that no single send lasts too long."""
+    body = form_of(testing.say(WORDS[:6]))  # not too long in audio
+    with serving(engine, defaults=OFF, max_stream_s=3.0) as url:
+        with begin_post(url, len(body)) as sock:
+            began = time.monotonic()
+            sock.sendall(body)
+            answer = b""
+            while b'"type": "error"' not in answer:
+                part = sock.recv(100_000)
+                assert part, "the end, and no error"
+                answer = answer[-200:] + part
+                time.sleep(0.1 if time.monotonic() - began < 3.0 else 0.0)
+            assert b"takes too long" in answer
+        wait_until(lambda: get(url, "/readyz")[1]["slots_free"] == 2)
+
+
+@pytest.mark.usefixtures("no_traceback")
+def test_a_form_that_drips_in_has_max_stream_s(engine):
+    """One byte in a while kept a slot for as long as the client liked."""
+    body = form_of(PCM)
+    with serving(engine, defaults=OFF, idle_s=1.0, max_stream_s=1.5) as url:
+        with begin_post(url, len(body)) as sock:
+            sock.settimeout(0.1)
+            answer = b""
+            for i in range(200):
+                sock.sendall(body[i : i + 1])
+                with contextlib.suppress(TimeoutError):
+                    answer = sock.recv(1000)
+                    break
+            sock.settimeout(WAIT_S)
+            with contextlib.suppress(ConnectionResetError):
+                while part := sock.recv(1000):  # the head and the body are two writes
+                    answer += part
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b"takes too long" in answer
+            assert b"connection: close" in answer.lower()
+        assert get(url, "/readyz")[1]["slots_free"] == 2
+
+
+@pytest.mark.usefixtures("no_traceback")
+def test_a_form_that_cannot_hold_a_file_is_not_read(engine):
+    """Starlette 1.0 would gather all of it in memory: its parser of such forms has no limits."""
+    form = "application/x-www-form-urlencoded"
+    with serving(engine, defaults=OFF) as url, begin_post(url, 1 << 20, form) as sock:
+        sock.sendall(b"a=")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")

@@ -182,6 +182,15 @@ def test_asr_diff_builds_the_same_lines(url):
     assert " ".join(line["text"] for line in lines).split() == WORDS
 
 
+@pytest.mark.parametrize("query", ["", "?mode=diff"])
+def test_asr_cuts_the_line_of_who_makes_no_pause(url, query):
+    """The open line was sent whole with every word, and grew for as long as somebody talked."""
+    states = asr_session(url, query)[1:-1]
+    lines = [line for s in states for line in s.get("lines", []) + s.get("new_lines", [])]
+    texts = [line["text"] for line in lines] + [s["buffer_transcription"] for s in states]
+    assert max(len(text.split()) for text in texts) <= len(WORDS) / 2
+
+
 def test_asr_prunes_old_lines(monkeypatch):
     """300 utterances: the client that follows the diffs has what the server has, the last 200."""
 

@@ -203,3 +203,14 @@ def test_a_drain_ends_waiting_connections(engine):
 def test_a_port_that_is_taken(engine, server):
     with pytest.raises(ConfigError, match="in use"):
         serve(engine, ServerConfig(port=0, wyoming_port=server[0]))
+
+
+@pytest.mark.usefixtures("no_traceback")
+def test_a_shutdown_with_a_connection_that_waits_leaves_no_traceback(engine):
+    port = free_port()
+    with serving(engine, defaults=OFF, wyoming_port=port):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.settimeout(WAIT_S)
+        sock.sendall(b'{"type": "ping"}\n')
+        assert b"pong" in sock.recv(1000)
+    sock.close()

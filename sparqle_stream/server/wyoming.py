@@ -45,6 +45,7 @@ NAME = "wyoming"
 CLIENT_EVENTS = ("describe", "ping", "transcribe", "audio-start", "audio-chunk", "audio-stop")
 STOP_MS = {"default": 0, "relaxed": 800, "aggressive": 100}  # 0: the server's own
 MAX_CONNECTIONS = 64  # beside the streams: asking and waiting hold no slot
+FLUSH_S = 1.0  # what was said last may take so long to reach its reader
 RETRY = (BusyError, TooManyStreamsError)
 
 
@@ -295,5 +296,7 @@ class WyomingServer:
             dialect.release()
             self._tasks.discard(task)
             writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            try:
+                await asyncio.wait_for(writer.wait_closed(), FLUSH_S)
+            except (OSError, TimeoutError):  # asyncio would flush for ever to who reads nothing
+                writer.transport.abort()

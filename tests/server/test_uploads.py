@@ -9,6 +9,7 @@ import io
 import json
 import os
 import socket
+import threading
 import time
 import wave
 
@@ -270,6 +271,36 @@ def test_a_failure_while_the_file_is_read_is_an_answer(client, engine, monkeypat
     assert failed.value.status_code == 500
     assert failed.value.code == "internal"
     assert engine.metrics().n_streams == 0
+
+
+def test_an_upload_does_not_wait_for_the_files_of_others(engine, monkeypatch):
+    """The loop has few threads for all: whoever came when each had a file in it had to wait."""
+    monkeypatch.setattr(os, "cpu_count", lambda: -3)  # the loop's pool has four more: one thread
+    pump, is_held, may_go = uploads.Upload._pump, threading.Event(), threading.Event()
+
+    def slow_for_the_first(self, stream, path):
+        if not is_held.is_set():
+            is_held.set()
+            may_go.wait(WAIT_S)
+        pump(self, stream, path)
+
+    monkeypatch.setattr(uploads.Upload, "_pump", slow_for_the_first)
+    body = form_of(PCM)
+    try:
+        with (
+            serving(engine, defaults=OFF) as url,
+            begin_post(url, len(body)) as first,
+            begin_post(url, len(body)) as second,
+        ):
+            first.sendall(body)
+            assert is_held.wait(WAIT_S)
+            second.sendall(body)
+            answer = b""
+            while b"transcript.text.done" not in answer:
+                answer = answer[-200:] + second.recv(1000)
+            may_go.set()
+    finally:
+        may_go.set()
 
 
 def begin_post(url: str, length: int, content_type: str = "multipart/form-data; boundary=x"):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import struct
+import time
 
 import pytest
 from server_harness import WAIT_S, get, s16, serving, wait_until
@@ -213,4 +216,34 @@ def test_a_shutdown_with_a_connection_that_waits_leaves_no_traceback(engine):
         sock.settimeout(WAIT_S)
         sock.sendall(b'{"type": "ping"}\n')
         assert b"pong" in sock.recv(1000)
+    sock.close()
+
+
+@pytest.mark.usefixtures("no_traceback")
+def test_a_client_that_resets_leaves_no_traceback(server):
+    """With and without audio before it; the slot is free at once."""
+    from wyoming.info import Describe
+
+    port, url = server
+    for said in (b"", b'{"type": "describe"}\n', b'{"type": "transcribe"}\n'):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(said)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+    wait_until(lambda: get(url, "/readyz")[1]["slots_free"] == 1)
+    assert [e.type for e in talk(port, Describe(), until="info")] == ["info"]
+
+
+def test_a_client_that_reads_nothing_does_not_hold_a_shutdown(engine):
+    port = free_port()
+    with serving(engine, defaults=OFF, wyoming_port=port, outbox_events=10**6, frames_per_s=1e9):
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", port))
+        sock.settimeout(1.0)
+        with contextlib.suppress(TimeoutError):  # once the server waits for its reader
+            for _ in range(20_000):
+                sock.sendall(b'{"type": "describe"}\n')
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
     sock.close()

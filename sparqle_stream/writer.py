@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 MARKS = (".", ",", "?", "!")
 ENDS = (".", "?", "!")  # of a sentence
 MOST_CANDIDATES = 8
+# Of a word; no real one has more. A slot has room for as many as `Captions.max_allowance` and no
+# more in the chunk that fills it, and a word that is spelled may be as long as somebody hums.
+MOST_WORD_TOKENS = 12
 
 
 class Decodes(Protocol):
@@ -153,11 +156,10 @@ class Hearing:
         with one if it is the first of a sentence.
         """
         capital = word[:1].upper() + word[1:]
-        if capital == word:
-            return [(self.tokenizer.encode(f" {word}"), True)]
+        forms = {word: not is_first, capital: is_first} if capital != word else {word: True}
         return [
-            (self.tokenizer.encode(f" {word}"), not is_first),
-            (self.tokenizer.encode(f" {capital}"), is_first),
+            (self.tokenizer.encode(f" {form}")[:MOST_WORD_TOKENS], is_usual)
+            for form, is_usual in forms.items()
         ]
 
     def marks(self) -> list[int]:

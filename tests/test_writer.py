@@ -11,11 +11,20 @@ import pytest
 import torch
 
 from sparqle_stream import messages, testing
-from sparqle_stream.config import BeamConfig, EngineConfig, StreamOptions, VadConfig, WriterConfig
+from sparqle_stream.captions import Captions
+from sparqle_stream.config import (
+    CHUNK_MS_RANGE,
+    BeamConfig,
+    CaptionConfig,
+    EngineConfig,
+    StreamOptions,
+    VadConfig,
+    WriterConfig,
+)
 from sparqle_stream.engine import Engine
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.word_beam import WordBeam
-from sparqle_stream.writer import Greedy, Hearing, Joint
+from sparqle_stream.writer import MOST_WORD_TOKENS, Greedy, Hearing, Joint
 from tests.lexicons import lexicon_of
 from tests.prefixes import prefix_of
 
@@ -173,6 +182,22 @@ def test_a_word_of_several_tokens_is_written_whole(vocabulary, lexicon):
     joint = Joint(heard, 9, 0)
     assert write_all(joint, vocabulary, {}) == [" a", " sat"]
     assert joint.n_written == 2 + 4
+
+
+def test_an_endless_word_is_cut_and_what_follows_is_written(vocabulary):
+    """It could have filled more of a slot than is kept free for a chunk, which ended the stream."""
+    endless = "sac" * 14
+    lexicon = lexicon_of([[endless, "cat"]])
+    heard = hearing(vocabulary, lexicon, frames(lexicon, endless, "cat", gap=12, sure=0.999))
+    cut = endless[: MOST_WORD_TOKENS - 1]  # its space is a token of this vocabulary, too
+    assert write_all(Joint(heard, 9, 0), vocabulary, {}) == [f" {cut}"]
+    assert write_all(Joint(heard, 9, 0), vocabulary, {" cat": -0.1}) == [" cat"]
+
+
+def test_a_word_fits_into_what_the_shortest_chunk_may_add_to_a_slot(tiny):
+    captions = Captions(CaptionConfig(), tiny.tokenizer, tiny.pieces, 0)
+    shortest = StreamOptions(chunk_ms=CHUNK_MS_RANGE[0]).chunk_samples
+    assert captions.max_allowance(shortest) >= MOST_WORD_TOKENS
 
 
 def test_punctuation_follows_a_word_once_where_the_llm_prefers_it(vocabulary, lexicon):

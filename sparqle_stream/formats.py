@@ -42,6 +42,34 @@ class Segment:
     text: str
 
 
+class Segments:
+    """Events in, segments out; only the words of the one that is open are held."""
+
+    def __init__(self) -> None:
+        self._open: list[messages.Final] = []
+
+    def add(self, event: Event) -> Segment | None:
+        """Take one event; the segment that it closed, if it closed one."""
+        closed = None
+        match event:
+            case messages.Final():
+                if self._open and self._open[-1].segment != event.segment:
+                    closed = self.finish()
+                self._open.append(event)
+            case messages.SpeechStopped() | messages.Done() | messages.Error():
+                closed = self.finish()
+        return closed
+
+    def finish(self) -> Segment | None:
+        """The segment that was still open when the stream broke off."""
+        words = [word for final in self._open for word in final.words]
+        text = "".join(final.text for final in self._open).strip()
+        self._open.clear()
+        if not words or not text:
+            return None
+        return Segment(words[0].start, max(word.end for word in words), text)
+
+
 @dataclass(slots=True)
 class Transcript:
     """What was said in one stream so far."""
@@ -52,25 +80,21 @@ class Transcript:
     duration: float = 0.0
     compute_seconds: float = 0.0
     _texts: list[str] = field(default_factory=list)
-    _open: list[messages.Final] = field(default_factory=list)
+    _gathered: Segments = field(default_factory=Segments)
 
-    def add(self, event: Event) -> Segment | None:
-        """Take one event; the segment that it closed, if it closed one."""
-        closed = None
+    def add(self, event: Event) -> None:
         match event:
             case messages.Final():
-                if self._open and self._open[-1].segment != event.segment:
-                    closed = self._close()
-                self._open.append(event)
                 self._texts.append(event.text)
                 self.words.extend(event.words)
             case messages.Done():
                 self.duration = event.duration
                 self.compute_seconds = event.compute_seconds
-                closed = self._close()
-            case messages.SpeechStopped() | messages.Error():
-                closed = self._close()
-        return closed
+        self._keep(self._gathered.add(event))
+
+    def finish(self) -> None:
+        """The stream may have broken off in the middle of a segment."""
+        self._keep(self._gathered.finish())
 
     @property
     def text(self) -> str:
@@ -80,10 +104,6 @@ class Transcript:
     def rtf(self) -> float:
         """Seconds of computing per second of audio."""
         return self.compute_seconds / self.duration if self.duration else 0.0
-
-    def finish(self) -> Segment | None:
-        """The segment that was still open when the stream broke off."""
-        return self._close()
 
     def as_dict(self) -> dict[str, object]:
         """The object that json and jsonl hold; times rounded to milliseconds."""
@@ -97,15 +117,9 @@ class Transcript:
             "rtf": round(self.rtf, 4),
         }
 
-    def _close(self) -> Segment | None:
-        words = [word for final in self._open for word in final.words]
-        text = "".join(final.text for final in self._open).strip()
-        self._open.clear()
-        if not words or not text:
-            return None
-        segment = Segment(words[0].start, max(word.end for word in words), text)
-        self.segments.append(segment)
-        return segment
+    def _keep(self, segment: Segment | None) -> None:
+        if segment:
+            self.segments.append(segment)
 
 
 def _rounded(values: dict[str, object]) -> dict[str, object]:
@@ -235,15 +249,15 @@ class Writer(Protocol):
 class TextWriter:
     """txt: one line a segment."""
 
-    def __init__(self, out: TextIO, name: str) -> None:
+    def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._transcript = Transcript(name)
+        self._segments = Segments()
 
     def add(self, event: Event) -> None:
-        self._write(self._transcript.add(event))
+        self._write(self._segments.add(event))
 
     def finish(self) -> None:
-        self._write(self._transcript.finish())
+        self._write(self._segments.finish())
 
     def _write(self, segment: Segment | None) -> None:
         if segment:
@@ -254,8 +268,8 @@ class TextWriter:
 class TsvWriter(TextWriter):
     """tsv: start, end (ms) and text, one row a segment, a header row."""
 
-    def __init__(self, out: TextIO, name: str) -> None:
-        super().__init__(out, name)
+    def __init__(self, out: TextIO) -> None:
+        super().__init__(out)
         out.write("start\tend\ttext\n")
 
     def _write(self, segment: Segment | None) -> None:
@@ -337,8 +351,8 @@ class EventWriter:
 
 
 _WRITERS: dict[str, Callable[[TextIO, str], Writer]] = {
-    "txt": TextWriter,
-    "tsv": TsvWriter,
+    "txt": lambda out, name: TextWriter(out),
+    "tsv": lambda out, name: TsvWriter(out),
     "srt": lambda out, name: CueWriter(out, is_vtt=False),
     "vtt": lambda out, name: CueWriter(out, is_vtt=True),
     "json": lambda out, name: JsonWriter(out, name, indent=2),

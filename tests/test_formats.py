@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import pickle
 import re
 
 import pytest
@@ -134,6 +135,27 @@ def test_words_are_on_disk_before_the_stream_ends(kind):
     for event in two_segments()[:-1]:
         writer.add(event)
     assert "Hello there, world." in out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["txt", "tsv", "srt", "vtt", "jsonl"])
+def test_a_live_session_holds_no_more_after_a_day(kind):
+    """It held every word that was ever said, 2 to 3 MB an hour, where lines are written at once."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            return len(text)
+
+    writer = formats.open_writer(kind, Gone(), "talk.wav", is_live=True)
+
+    def hear(n_segments: int) -> int:
+        for i in range(n_segments):
+            words = spoken("Hello there, world. And so it goes.", start=10.0 * i)
+            for event in [*finals(words, i), messages.SpeechStopped(10.0 * i + 5)]:
+                writer.add(event)
+        return len(pickle.dumps({**vars(writer), "_out": None}))
+
+    after_a_minute = hear(6)
+    assert hear(300) <= after_a_minute + 100
 
 
 def test_a_broken_stream_keeps_its_open_segment():

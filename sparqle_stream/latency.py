@@ -8,11 +8,14 @@ speech: from the end of the last word before a pause to the arrival of that word
 from __future__ import annotations
 
 import statistics
+from array import array
 from typing import TYPE_CHECKING
 
 from sparqle_stream import messages
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sparqle_stream.messages import Event
 
 
@@ -20,8 +23,7 @@ class Latency:
     """Takes events with the wall-clock second, since the first sample, at which each arrived."""
 
     def __init__(self) -> None:
-        self.emission_s: list[float] = []
-        self.end_to_final_s: list[float] = []
+        self.emission_s, self.end_to_final_s = array("d"), array("d")  # 80 kB an hour
         self.duration = 0.0
         self.compute_seconds = 0.0
         self._last_final: tuple[float, float] | None = None  # end of its last word, arrival
@@ -29,7 +31,7 @@ class Latency:
     def add(self, event: Event, arrived_s: float) -> None:
         match event:
             case messages.Final(words=words) if words:
-                self.emission_s += [word.emitted - word.end for word in words]
+                self.emission_s.extend(word.emitted - word.end for word in words)
                 self._last_final = words[-1].end, arrived_s
             case messages.SpeechStopped() if self._last_final:
                 end, arrived = self._last_final
@@ -50,7 +52,7 @@ class Latency:
         return " | ".join(parts)
 
 
-def _p50_p90(values: list[float]) -> str:
+def _p50_p90(values: Sequence[float]) -> str:
     if not values:
         return "- (no words)"
     if len(values) == 1:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import captioned, heard, machine, manifests, scoring, settings
+from bench import captioned, heard, machine, manifests, plots, scoring, settings
 from sparqle_stream import models
 from sparqle_stream.errors import ConfigError
 from sparqle_stream.onnx_cpu.settings import INDEX
@@ -207,6 +207,7 @@ def parser() -> argparse.ArgumentParser:
     some.add_argument("--every", type=int, default=1, metavar="N", help="each n-th recording")
     some.add_argument("--limit", type=int, metavar="N", help="the first n recordings")
     add("--force", action="store_true", help="on a busy machine: no figure changes, it says so")
+    plots.add_option(parser)
     settings.add_options(parser)
     return parser
 
@@ -217,13 +218,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def measured() -> dict[str, Any]:
         wanted = settings.from_args(args)
         wanted.stream_options()  # wrong options are said before a model is loaded
+        plots.require(args.plot)
         both_of(wanted)
         sets = [manifests.read(folder, args.every, args.limit) for folder in args.folders]
         sets = sets or [manifests.bundled()]
         manifests.require_files(sets)
         return run(args, wanted, sets)
 
-    return settings.run_and_print(measured, args.output)
+    draw = [lambda result: plots.draw(result, args.plot)]
+    return settings.run_and_print(measured, args.output, then=draw)
 
 
 if __name__ == "__main__":

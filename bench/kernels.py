@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import machine, settings
+from bench import machine, plots, settings
 from sparqle_stream.errors import ConfigError, DeviceError, MissingExtraError, SparqleError
 
 if TYPE_CHECKING:
@@ -253,6 +253,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the timing (%(default)s)")
     add("--limit-s", type=float, default=3600.0, metavar="S", help="no new row after (%(default)s)")
     add("--force", action="store_true", help="time on a busy machine, and say so in the result")
+    plots.add_option(parser)
     add("--output", type=Path, metavar="FILE.json", help="for example in bench/results/")
     return parser
 
@@ -260,12 +261,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
+        plots.require(args.plot)
         card = require_gpu()
         under = machine.Conditions(machine.require_free(is_forced=args.force))
         result = run(args, do_bench, "cuda") | {"machine": card, "timing": under.summary()}
         print(json.dumps(result))
         if result["is_green"]:
             settings.write(result, args.output)
+            plots.draw(result, args.plot)
             return 0
     except SparqleError as err:
         print(f"error: {err.message}\nhint: {err.hint}", file=sys.stderr)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import bounds, company, machine, manifests, settings
+from bench import bounds, company, machine, manifests, plots, settings
 from sparqle_stream.config import StreamOptions
 from sparqle_stream.stages import prefix_ids
 from sparqle_stream.writer import Greedy
@@ -176,9 +176,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--filled", type=int, default=150, metavar="ROWS", help="of each slot (%(default)s)")
     add("--turns", type=int, default=15, help="(%(default)s)")
     add("--force", action="store_true", help="time on a busy machine, and say so in the result")
+    plots.add_option(parser)
     settings.add_options(parser)
     args = parser.parse_args(argv)
-    return settings.run_and_print(lambda: run(args, settings.from_args(args)), args.output)
+
+    def measured() -> dict[str, Any]:
+        plots.require(args.plot)
+        return run(args, settings.from_args(args))
+
+    draw = [lambda result: plots.draw(result, args.plot)]
+    return settings.run_and_print(measured, args.output, then=draw)
 
 
 if __name__ == "__main__":

@@ -159,16 +159,100 @@ def _compare(figure: Figure, result: Json) -> None:
     axes.set(xlabel="RTF", xscale="log", title=_title(result))
 
 
+def _passes(figure: Figure, result: Json) -> None:
+    """Milliseconds of each pass of the LLM; across one row and one append, the bound."""
+    axes: Axes = figure.subplots()
+    shapes = list(next(iter(result["pass_ms"].values())))
+    width = 0.8 / len(result["pass_ms"])
+    for i, (name, passes) in enumerate(result["pass_ms"].items()):
+        x = [at + i * width for at in range(len(shapes))]
+        bars = axes.bar(x, [passes[shape] for shape in shapes], width, label=name)
+        bound, half = result["bound_ms"][name], width / 2
+        axes.hlines([bound] * len(x), [at - half for at in x], [at + half for at in x], "black")
+        axes.bar_label(bars, [f"{passes[shape] / bound:.1f}" for shape in shapes], fontsize="small")
+    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(shapes))], shapes)
+    axes.set(xlabel="streams x rows; lines: weights read once; numbers: times that", ylabel="ms")
+    axes.set(yscale="log", title=_title(result))
+    axes.legend(fontsize="small")
+
+
+def _start(figure: Figure, result: Json) -> None:
+    """Seconds from the command to each event, the fastest and slowest run, and the goal."""
+    axes: Axes = figure.subplots()
+    names = ("loaded_s", "first_caption_s", "whole_s")
+    for i, name in enumerate(names):
+        told = result[name]
+        axes.bar(i, told["median"], color="tab:blue")
+        axes.vlines(i, told["min"], told["max"], color="black")
+        if name in result["goals"]:
+            axes.hlines(result["goals"][name], i - 0.4, i + 0.4, linestyle="--", color="grey")
+    axes.set_xticks(range(len(names)), [name[:-2].replace("_", " ") for name in names])
+    axes.set(ylabel="s since the command", title=_title(result))
+
+
+def _flips(figure: Figure, result: Json) -> None:
+    """What int8 changes of each set, in percent."""
+    axes: Axes = figure.subplots()
+    sets = result["sets"]
+    shares = {
+        "words changed": [one["captions"]["flip_rate_percent"] for one in sets],
+        "frames of CTC changed": [one["ear"]["frames_changed_percent"] for one in sets],
+        "WER, points": [one["accuracy"]["difference"]["points"] for one in sets],
+    }
+    for i, (name, values) in enumerate(shares.items()):
+        bars = axes.bar([at + 0.25 * i for at in range(len(sets))], values, 0.25, label=name)
+        axes.bar_label(bars, fontsize="small")
+    axes.set_xticks([at + 0.25 for at in range(len(sets))], [one["name"] for one in sets])
+    axes.set(ylabel="%", title=_title(result))
+    axes.legend(fontsize="small")
+
+
+def _steps(figure: Figure, result: Json) -> None:
+    """Milliseconds of a step over the number of streams, with CUDA graphs and without."""
+    axes: Axes = figure.subplots()
+    for graphs in (True, False):
+        rows = [one for one in result["rows"] if one["graphs"] is graphs]
+        for share in ("p50", "p95") if rows else ():
+            label = f"{share}, {'with' if graphs else 'without'} graphs"
+            y = [one[f"{share}_ms"] for one in rows]
+            axes.plot([one["streams"] for one in rows], y, marker="o", label=label)
+    axes.axhline(result["settings"]["chunk_ms"], linestyle="--", color="grey", label="a chunk")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="streams", ylabel="ms", yscale="log", title=_title(result))
+    axes.legend(fontsize="small")
+
+
+def _kernels(figure: Figure, result: Json) -> None:
+    """How much faster each kernel is than PyTorch's fastest, over the number of streams."""
+    axes: Axes = figure.subplots()
+    rows: dict[str, list[Json]] = {}
+    for one in sorted(result["rows"], key=lambda one: int(one["streams"])):
+        rows.setdefault(f"{one['op']}, {one['case']}, {one['dtype']}", []).append(one)
+    for name, of in rows.items():
+        axes.plot([one["streams"] for one in of], [one["speedup"] for one in of], "o-", label=name)
+    axes.axhline(1.0, linestyle="--", color="grey")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="streams", ylabel="times as fast as PyTorch", yscale="log")
+    axes.set_title(_title(result))
+    axes.legend(fontsize="xx-small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
 def _title(result: Json) -> str:
     busy = ", on a busy machine" if was_busy(result) else ""
-    return f"{result['bench']}: {result['settings']['model']}{busy}"
+    of = result["settings"]["model"] if "settings" in result else result.get("device", "")
+    return f"{result['bench']}{of and ': '}{of}{busy}"
 
 
 _DRAW: dict[str, Callable[[Figure, Json], None]] = {
     "accuracy": _accuracy,
     "compare": _compare,
+    "flips": _flips,
+    "kernels": _kernels,
     "latency": _latency,
+    "passes": _passes,
     "soak": _soak,
+    "start": _start,
+    "steps": _steps,
     "throughput": _throughput,
     "tradeoff": _tradeoff,
 }

@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
 
-from bench import bounds, machine, manifests, settings
+from bench import bounds, machine, manifests, plots, settings
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -218,6 +218,7 @@ def parser() -> argparse.ArgumentParser:
     add("file", nargs="?", type=Path, metavar="FILE", help="speech (default: the bundled clip)")
     add("--runs", type=int, default=RUNS, metavar="N", help="that count (%(default)s)")
     add("--force", action="store_true", help="time on a busy machine, and say so in the result")
+    plots.add_option(parser)
     settings.add_options(parser)
     return parser
 
@@ -228,11 +229,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def measured() -> dict[str, Any]:
         wanted = settings.from_args(args)
         wanted.stream_options()  # wrong options are said before a model is loaded
+        plots.require(args.plot)
         if args.runs < 1:
             raise ConfigError(f"--runs {args.runs} cannot be used", hint="1 or more")
         return run(args, wanted)
 
-    return settings.run_and_print(measured, args.output)
+    draw = [lambda result: plots.draw(result, args.plot)]
+    return settings.run_and_print(measured, args.output, then=draw)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import machine, settings
+from bench import machine, plots, settings
 from sparqle_stream.config import ModelConfig, StreamOptions
 from sparqle_stream.errors import ConfigError, DeviceError
 from sparqle_stream.stages import prefix_ids
@@ -217,13 +217,20 @@ def parser() -> argparse.ArgumentParser:
     add("--limit-s", type=float, default=3600.0, metavar="S", help="no new one after (%(default)s)")
     add("--force", action="store_true", help="time on a busy machine, and say so in the result")
     add("--fake", action="store_true", help="on a CPU: a fake graph, to try this command")
+    plots.add_option(parser)
     add("--output", type=Path, metavar="FILE.json", help="for example in bench/results/")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return settings.run_and_print(lambda: run(args), args.output)
+
+    def measured() -> dict[str, Any]:
+        plots.require(args.plot)
+        return run(args)
+
+    draw = [lambda result: plots.draw(result, args.plot)]
+    return settings.run_and_print(measured, args.output, then=draw)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from bench_card import CARD
@@ -13,6 +14,7 @@ from test_bench_report import ACCURACY, LATENCY, SETTINGS, rows
 
 from bench import flat, plots, report
 from bench.delays import percentiles_ms
+from sparqle_stream.config_json import read_json
 from sparqle_stream.errors import ConfigError, MissingExtraError
 
 TIMING = {"machine_was_busy": False, "others_share_before": 0.02, "others_share_during": 0.0}
@@ -202,18 +204,30 @@ COMPARE = {
 }
 
 
+RESULTS = sorted(Path(plots.__file__).with_name("results").glob("*.json"))
+
+
 @pytest.mark.parametrize(
     "result",
-    [ACCURACY, LATENCY, THROUGHPUT, SOAK, COMPARE],
+    [ACCURACY, LATENCY, THROUGHPUT, SOAK, COMPARE, *map(read_json, RESULTS)],
     ids=lambda result: result["bench"],
 )
 def test_every_result_can_be_drawn(result, tmp_path):
+    """Also all that are published."""
     pytest.importorskip("matplotlib", reason="not installed (pip install -e .[plot])")
     path = tmp_path / "x.png"
     plots.require(path)
-    plots.draw(json.loads(json.dumps(result)), path)
+    plots.draw(result, path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert path.stat().st_size > 5_000
+
+
+def test_every_benchmark_can_draw():
+    """`--plot` is no promise of some of them."""
+    folder = Path(plots.__file__).parent
+    drawn = {path.stem for path in folder.glob("*.py") if "plots.add_option(" in path.read_text()}
+    assert drawn == set(plots._DRAW)
+    assert drawn >= {json.loads(path.read_text())["bench"] for path in RESULTS}
 
 
 def test_a_curve_has_the_figures(monkeypatch):

@@ -96,9 +96,14 @@ class Captioning:
 
     def _listen(self, stream: CaptionStream) -> SparqleError | None:
         """Feeds until the source ends, somebody stops it, or the source breaks (returned)."""
-        while not (self.source.is_finished or self.is_stopped() or self._is_done):
+        is_last = False
+        while not (self.source.is_finished or self._is_done or is_last):
+            if self.is_stopped():
+                if self.can_wait:
+                    return None
+                is_last = True  # what was spoken before the stop is heard
             try:
-                pcm = self.source.read(POLL_S)
+                pcm = self.source.read(0.0 if is_last else POLL_S)
             except SparqleError as err:
                 return err
             if pcm is not None and len(pcm):
@@ -108,17 +113,20 @@ class Captioning:
         return None
 
     def _feed(self, stream: CaptionStream, pcm: Pcm) -> None:
-        seconds = len(pcm) / SAMPLE_RATE_HZ
-        if self.can_wait:
-            while not stream.wait_for_room(max(seconds, self.room_s), timeout=POLL_S):
-                self._hand_on(0.0)
-                if self.is_stopped():
-                    return
-        elif not self._is_caught_up(stream) or not stream.wait_for_room(seconds, timeout=0.0):
-            self.dropped_s += seconds
-            self._n_owed += len(pcm)
-            return
-        stream.feed(pcm)
+        """In pieces that fit: the reader may have been held up for longer than a backlog is."""
+        for start in range(0, len(pcm), SAMPLE_RATE_HZ):
+            piece = pcm[start : start + SAMPLE_RATE_HZ]
+            seconds = len(piece) / SAMPLE_RATE_HZ
+            if self.can_wait:
+                while not stream.wait_for_room(max(seconds, self.room_s), timeout=POLL_S):
+                    self._hand_on(0.0)
+                    if self.is_stopped():
+                        return
+            elif not self._is_caught_up(stream) or not stream.wait_for_room(seconds, timeout=0.0):
+                self.dropped_s += seconds
+                self._n_owed += len(piece)
+                continue
+            stream.feed(piece)
 
     def _is_caught_up(self, stream: CaptionStream) -> bool:
         """Silence for what was dropped, as far as there is room, so that later times are right."""

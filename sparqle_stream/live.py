@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sparqle_stream.captioning import Captioning, Listener, StopSignals
 from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.latency import Latency
-from sparqle_stream.microphone import LevelMeter, Microphone
+from sparqle_stream.microphone import TOO_SLOW, LevelMeter, Microphone
 from sparqle_stream.terminal import Keys, QuietView, open_view
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class LiveSession:
                 self._view.notice(self._source.notices.pop(0))
         if self._captioning and self._captioning.dropped_s and not self._is_loss_told:
             self._is_loss_told = True
-            self._view.notice("this machine is too slow: some of what is said is lost")
+            self._view.notice(TOO_SLOW)
         self._view.status(self._meter.dbfs, self._remark())
 
     def _remark(self) -> str:

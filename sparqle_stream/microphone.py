@@ -2,7 +2,8 @@
 
 Contract: the audio callback only copies its block into a bounded queue. What cannot be had is said
 in one line (DeviceError with a hint): no PortAudio, no device, a busy one. A device that goes away
-is opened again by name; the time in between is filled with silence, so that times stay true.
+is opened again by name; the time in between is filled with silence, so that times stay true. So is
+what finds the queue full. What PortAudio loses itself is told, but nobody says how long it was.
 Latency: PortAudio's own (some 35 ms), and the resampler's where the device is not at 16 kHz.
 """
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Pcm = npt.NDArray[np.float32]
 
 QUEUE_BLOCKS = 2000  # some 20 s of the blocks that hosts choose
+SILENCE_PACKET_S = 1.0  # at a time for what was lost: a reader may have been held up for hours
 STALL_S = 2.0  # a device that delivers nothing for so long has gone away
 REOPEN_EVERY_S = 1.0
 GIVE_UP_S = 15.0
@@ -37,6 +39,7 @@ SILENCE_S = 5.0
 # Later on a pause is likelier than a fault: many microphones gate a quiet room to nothing.
 PAUSE_S = 15.0
 PURE_SILENCE_DBFS = -100.0  # below the last bit of 16
+TOO_SLOW = "this machine is too slow: some of what is said is lost"
 
 # PortAudio's error numbers (portaudio.h)
 _INVALID_CHANNELS = -9998
@@ -144,7 +147,11 @@ class Microphone:
         self.rate_hz = 0
         self.notices: list[str] = []  # what a user should know; whoever shows them takes them out
         self._clock = clock
-        self._blocks: queue.Queue[Pcm] = queue.Queue(QUEUE_BLOCKS)
+        self._blocks: queue.Queue[tuple[int, Pcm]] = queue.Queue(QUEUE_BLOCKS)  # see _take
+        self._next: tuple[int, Pcm] | None = None  # taken out of the queue, and not read yet
+        self._n_lost = 0  # frames that found the queue full; counted by the callback alone
+        self._n_filled = 0  # of these, for which silence was read
+        self._is_loss_told = False
         self._stream: Any = None
         self._format = audio.AudioFormat("f32le")
         self._state = audio.init_state(self._format)
@@ -168,20 +175,41 @@ class Microphone:
         return False
 
     def read(self, timeout_s: float) -> Pcm | None:
-        """The sound since the last call, PCM (S,) at 16 kHz; None when none came in time.
+        """The sound since the last call, PCM (S,) at 16 kHz; None when none came in `timeout_s`.
 
+        Up to a place where sound was lost; the calls after it give silence, 1 s at most each.
         Raises DeviceError when the device went away and did not come back.
         """
-        try:
-            blocks = [self._blocks.get(timeout=timeout_s)]
-        except queue.Empty:
-            return self._reopen() if self._clock() - self._heard_at > STALL_S else None
-        while not self._blocks.empty():
-            blocks.append(self._blocks.get_nowait())
+        if self.n_overflows and not self._is_loss_told:
+            self._is_loss_told = True
+            self.notices.append(TOO_SLOW)
+        n_lost = self._n_lost  # before the queue is asked: all that was heard before is in there
+        if self._next is None:
+            try:
+                self._next = self._blocks.get(timeout=timeout_s)
+            except queue.Empty:
+                if n_lost == self._n_filled:
+                    return self._reopen() if self._clock() - self._heard_at > STALL_S else None
+                self._next = n_lost, np.zeros(0, np.float32)  # nothing was heard after it
         self._heard_at = self._clock()
-        packet = np.concatenate(blocks).astype("<f4").tobytes()
+        packet = self._heard() or self._silence()
         self._state, pcm = audio.step(self._format, self._state, packet)
         return pcm
+
+    def _heard(self) -> bytes:
+        """All blocks up to the end of the queue, or to the next place where some are missing."""
+        blocks = []
+        while self._next is not None and self._next[0] == self._n_filled:
+            blocks.append(self._next[1])
+            self._next = None if self._blocks.empty() else self._blocks.get_nowait()
+        return np.concatenate(blocks).astype("<f4").tobytes() if blocks else b""
+
+    def _silence(self) -> bytes:
+        """As much as is missing before the next block, in the device's own format."""
+        n_missing = self._next[0] - self._n_filled if self._next else 0
+        n_frames = min(n_missing, round(SILENCE_PACKET_S * self.rate_hz))
+        self._n_filled += n_frames
+        return bytes(n_frames * self._format.row_bytes)
 
     def close(self) -> None:
         """Stops recording. May be called twice."""
@@ -232,13 +260,17 @@ class Microphone:
         )
 
     def _take(self, block: Pcm, n_frames: int, _time: object, status: Any) -> None:  # noqa: ANN401
-        """PortAudio's callback, on its own thread: copy and leave."""
+        """PortAudio's callback, on its own thread: copy and leave.
+
+        With each block goes how many frames were lost before it, since the beginning.
+        """
         if status and status.input_overflow:
             self.n_overflows += 1
         try:
-            self._blocks.put_nowait(block.reshape(-1).copy())
+            self._blocks.put_nowait((self._n_lost, block.reshape(-1).copy()))
         except queue.Full:
             self.n_overflows += 1
+            self._n_lost += n_frames
 
     def _reopen(self) -> Pcm | None:
         """Tries once a second to open the device again, by name -> silence for as long as it was

@@ -419,6 +419,7 @@ def test_streaming_a_long_file_keeps_little_in_memory(tmp_path):
     assert peak_bytes < 2_000_000
 
 
+@pytest.mark.timeout(60)  # who opens a pipe once more waits for a writer that has gone
 def test_a_pipe_that_has_a_name_is_read_once(clip_path, tmp_path):
     """As in `sparqle-stream <(curl ...)`: to ask how long it is must not take its beginning."""
     name = tmp_path / "pipe.ogg"

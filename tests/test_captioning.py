@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sparqle_stream import live, messages, transcribe
+from sparqle_stream import live, messages, testing, transcribe
 from sparqle_stream.audio import AudioFormat
 from sparqle_stream.captioning import Captioning, EngineFailedError, Listener, StopSignals
+from sparqle_stream.config import EngineConfig
 from sparqle_stream.errors import (
     AudioFormatError,
     BacklogError,
@@ -194,6 +195,30 @@ def test_a_stop_is_noticed_while_waiting_for_room():
         is_stopped=lambda: len(asked) >= 5 or bool(asked.append(1)),
     )
     assert done.stream.calls == ["finish"]
+
+
+def test_what_was_spoken_before_a_stop_is_heard():
+    """A microphone's reader may be behind; what it has was said before somebody pressed q."""
+    is_stopped = iter([False, True])
+    done = caption(
+        FileSource("x", iter([SECOND] * 5)), can_wait=False, is_stopped=lambda: next(is_stopped)
+    )
+    assert done.stream.calls == ["feed", "feed", "finish"]
+
+
+def test_a_packet_that_is_longer_than_a_backlog_is_no_error():
+    """A terminal that holds up its writer (Ctrl-S) holds up the microphone's reader, too."""
+    long = np.concatenate([SECOND] * 45 + [SECOND[:800]])
+    options = EngineConfig(n_slots=1, backlog_s=30.0)
+    with testing.oracle_engine(options) as engine:
+        run = Captioning(
+            lambda on_event: engine.open(on_event=on_event),
+            FileSource("x", iter([long, SECOND])),
+            Listener(lambda *_: None),
+            can_wait=False,
+        )
+        run.run()
+    assert run.dropped_s <= 46.05 - 29  # what fits, and a piece
 
 
 def test_the_first_signal_is_a_wish_and_the_second_ctrl_c_is_meant():

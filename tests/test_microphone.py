@@ -7,16 +7,22 @@ PortAudio where that is installed.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from sparqle_stream import microphone
+from sparqle_stream import live, messages, microphone
 from sparqle_stream.errors import DeviceError
+from sparqle_stream.terminal import QuietView
 from tests.fakes.portaudio import Device, FakeSoundDevice, PortAudioError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -47,11 +53,15 @@ def sine(hz: float, rate_hz: int, seconds: float = 1.0) -> np.ndarray:
     return 0.5 * np.sin(2 * np.pi * hz * np.arange(round(rate_hz * seconds)) / rate_hz)
 
 
-def everything(mic: microphone.Microphone) -> np.ndarray:
+def packets(mic: microphone.Microphone) -> list[np.ndarray]:
     parts = []
     while (pcm := mic.read(0.0)) is not None:
         parts.append(pcm)
-    return np.concatenate(parts)
+    return parts
+
+
+def everything(mic: microphone.Microphone) -> np.ndarray:
+    return np.concatenate(packets(mic))
 
 
 def test_without_portaudio_one_line_says_what_to_install(tmp_path, monkeypatch):
@@ -148,15 +158,97 @@ def test_a_device_with_a_rate_and_channels_of_its_own_is_resampled(fake, device)
     assert np.abs(pcm[2_000:-500]).max() == pytest.approx(0.5, abs=0.02)
 
 
-def test_lost_samples_are_counted(fake, monkeypatch):
+@pytest.mark.parametrize(
+    "device",
+    [
+        Device("Webcam"),
+        Device("hw", default_rate=48_000, rates=(48_000,), channels=2, open_channels=(2,)),
+    ],
+    ids=["16k", "48k-stereo-only"],
+)
+def test_what_finds_the_queue_full_becomes_silence_of_that_length(fake, monkeypatch, device):
+    """As if nothing had been said there: times of what follows hold, to the sample."""
+    sd = fake(device)
+    with microphone.Microphone() as mic:
+        blocks = np.split(sine(440, mic.rate_hz, 0.9), 9)
+        for i, block in enumerate(blocks):
+            sd.opened[-1].hear(block * (i not in (2, 5, 6)))
+        wanted = everything(mic)
+    monkeypatch.setattr(microphone, "QUEUE_BLOCKS", 2)
+    with microphone.Microphone() as mic:
+        parts = []
+        # Two of each find room. What was lost is read where it was, when something follows.
+        for heard, n_reads in ((blocks[:3], 1), (blocks[3:7], 2), (blocks[7:], 0)):
+            for block in heard:
+                sd.opened[-1].hear(block)
+            parts += [mic.read(0.0) for _ in range(n_reads)]
+        pcm = np.concatenate([*parts, everything(mic)])
+        assert mic.n_overflows == 3
+    np.testing.assert_array_equal(pcm, wanted)
+
+
+def test_what_is_lost_just_before_the_end_counts(fake, monkeypatch):
+    """Nothing is heard after it, and the recording is no shorter for that."""
     monkeypatch.setattr(microphone, "QUEUE_BLOCKS", 2)
     sd = fake(Device("Webcam"))
     with microphone.Microphone() as mic:
-        sd.opened[0].hear(np.zeros(320), overflow=True)  # lost in PortAudio
-        for _ in range(3):  # the last two find our queue full
-            sd.opened[0].hear(np.zeros(320))
-        assert mic.n_overflows == 3
-        assert len(everything(mic)) == 640
+        for _ in range(5):
+            sd.opened[0].hear(np.ones(320))
+        np.testing.assert_array_equal(everything(mic), np.repeat([1, 0], [640, 960]))
+        assert mic.read(0.0) is None  # once
+
+
+def test_silence_for_a_long_loss_comes_in_short_packets(fake, monkeypatch):
+    """Of a reader that was held up for an hour, say by a pager; memory stays bounded."""
+    monkeypatch.setattr(microphone, "QUEUE_BLOCKS", 1)
+    sd = fake(Device("Webcam"))
+    with microphone.Microphone() as mic:
+        for _ in range(101):
+            sd.opened[0].hear(np.ones(12_000))
+        lengths = [len(pcm) for pcm in packets(mic)]
+    assert max(lengths) == 16_000
+    assert sum(lengths) == 101 * 12_000
+
+
+class Stream:
+    """One of the engine, with room or without; the next block is heard when room is asked for."""
+
+    def __init__(self, on_event, has_room: bool, hear: Iterator) -> None:
+        self._on_event, self._has_room, self._hear = on_event, has_room, hear
+        self.n_fed = 0
+
+    def wait_for_room(self, _seconds, timeout=None) -> bool:
+        is_over = next(self._hear, "over") == "over"
+        return is_over or self._has_room
+
+    def feed(self, pcm) -> None:
+        self.n_fed += len(pcm)
+
+    def finish(self) -> None:
+        self._on_event(messages.Done(self.n_fed / 16_000, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("cause", ["PortAudio", "queue", "engine", "none"])
+def test_lost_sound_is_told_once(fake, monkeypatch, capsys, cause):
+    """Whoever lost it, and to who reads no live view, too."""
+    monkeypatch.setattr(microphone, "QUEUE_BLOCKS", 2)
+    sd = fake(Device("Webcam"))
+
+    def hear() -> Iterator[None]:
+        for _ in range(4):
+            for _ in range(3 if cause == "queue" else 1):
+                sd.opened[0].hear(np.ones(320), overflow=cause == "PortAudio")
+            yield
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield
+
+    with microphone.Microphone() as mic:
+        blocks = hear()
+        next(blocks)
+        session = live.LiveSession(mic, QuietView(), None)
+        session.run(lambda on_event: Stream(on_event, cause != "engine", blocks))
+    told = "" if cause == "none" else f"note: {microphone.TOO_SLOW}\n"
+    assert capsys.readouterr() == ("", told)
 
 
 def test_a_device_that_goes_and_comes_back_leaves_silence_of_that_length(fake):

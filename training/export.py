@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from sparqle_stream.artifacts import sha256
 from sparqle_stream.config import ModelConfig, QFormerConfig, WriterConfig
 from sparqle_stream.config_json import read_json
 from sparqle_stream.errors import ConfigError, ModelError
+from sparqle_stream.onnx_cpu.export import require_place
 from sparqle_stream.onnx_cpu.settings import DEFAULT_DTYPE, DTYPES
 from sparqle_stream.tasks import TRANSCRIBE, name_of
 from sparqle_stream.weights import (
@@ -73,21 +75,34 @@ def export(
         raise ConfigError(
             "with a lexicon only what was said can be written", hint="leave --words out"
         )
-    out.mkdir(parents=True, exist_ok=True)
     heard, trained = expanded(read_safetensors(ear)), read_safetensors(bridge)
     cfg = replace(shapes(heard, trained), name=out.name, tasks=tasks, writer=writer)
     encoder = {name: value for name, value in heard.items() if name.startswith("encoder.")}
     head = {name: value for name, value in heard.items() if name.startswith("ctc.")}
-    save_file(in_eight_bits(encoder) | compact(head), out / "ear.safetensors")
-    save_file(compact(trained), out / "bridge.safetensors")
-    shutil.copyfile(pieces, out / "pieces.json")
-    stored = [*STORED]
-    if words is not None:
-        shutil.copyfile(words, out / "words.safetensors")
-        stored.append("words.safetensors")
-    hashes = {name: sha256(out / name) for name in stored}  # what `models verify` compares
-    extra = {"lora_scale": LORA_SCALE, "sha256": hashes}
-    (out / "config.json").write_text(json.dumps(asdict(cfg) | extra, indent=1) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    # Beside their places, then renamed: `out` may be the folder that the parts lie in.
+    with tempfile.TemporaryDirectory(dir=out, prefix=".tmp-") as temporary:
+        new = Path(temporary)
+        save_file(in_eight_bits(encoder) | compact(head), new / "ear.safetensors")
+        save_file(compact(trained), new / "bridge.safetensors")
+        shutil.copyfile(pieces, new / "pieces.json")
+        stored = [*STORED]
+        if words is not None:
+            shutil.copyfile(words, new / "words.safetensors")
+            stored.append("words.safetensors")
+        hashes = {name: sha256(new / name) for name in stored}  # what `models verify` compares
+        extra = {"lora_scale": LORA_SCALE, "sha256": hashes}
+        config = new / "config.json"
+        config.write_text(json.dumps(asdict(cfg) | extra, indent=1) + "\n")
+        for name in stored:
+            _share(new / name, config)
+        for path in (*(new / name for name in stored), config):
+            path.replace(out / path.name)
+
+
+def _share(weights: Path, like: Path) -> None:
+    """Who may read one may read the other: safetensors lets nobody else read what it writes."""
+    weights.chmod(like.stat().st_mode & 0o777)
 
 
 def add_text(folder: Path, text: Path) -> None:
@@ -111,6 +126,7 @@ def add_text(folder: Path, text: Path) -> None:
     # Beside it, then renamed: the tensors that are written may be a memory map of the old file.
     whole = folder / "bridge.tmp"
     save_file(rest | prefix, whole)
+    _share(whole, folder / "config.json")
     whole.replace(bridge)
     config = read_json(folder / "config.json")
     config["sha256"] = config.get("sha256", {}) | {bridge.name: sha256(bridge)}
@@ -161,6 +177,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     with reported():
+        if args.onnx:
+            require_place(args.onnx)  # said before minutes of work
         writer = WriterConfig(**{name: getattr(args, name) for name in tuned})
         export(args.out, args.ear, args.bridge, args.pieces, args.words, writer, tuple(args.tasks))
         if args.text:

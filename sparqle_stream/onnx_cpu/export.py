@@ -10,7 +10,8 @@
     text.npz, plain.onnx   prefix and normaliser of plain text, where the model has them
     tokenizer.json, pieces.json, words.safetensors   text
 
-A folder appears complete or not at all: it is written beside its place and renamed.
+A folder appears complete or not at all: it is written beside its place and renamed. One that holds
+anything else is never replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparqle_stream import features
-from sparqle_stream.errors import ModelError
+from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.onnx_cpu import graphs
 from sparqle_stream.onnx_cpu.calibrate import slot_scales
 from sparqle_stream.onnx_cpu.settings import FORMAT, INDEX
@@ -41,12 +42,32 @@ if TYPE_CHECKING:
     from sparqle_stream.torch_model import SparqleModel
 
 
+WRITTEN = (
+    *("tokens.npy", "head.npy", "stop.npy", "text.npz"),
+    *("tokenizer.json", "pieces.json", "words.safetensors", INDEX),
+)
+
+
+def require_place(out: Path) -> None:
+    """Raises ConfigError where something else than graphs would be lost."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file", hint="name a folder of its own for the graphs")
+    for path in out.iterdir() if out.is_dir() else ():
+        if path.is_dir() or (path.suffix not in (".onnx", ".data") and path.name not in WRITTEN):
+            raise ConfigError(
+                f"{out} holds {path.name}, and would be replaced as a whole",
+                hint="name a folder of its own for the graphs",
+            )
+
+
 def export(model: SparqleModel, out: Path, dtype: str, words: Path | None = None) -> None:
     """Writes `model`, whose weights are float32 and unjoined, with matrices in one of DTYPES.
 
     With int8 the LLM's slots are int8 too, and rings float16.
-    words: the model's lexicon file, if it has one. Raises ModelError for what cannot be exported.
+    words: the model's lexicon file, if it has one. Raises ModelError for what cannot be exported,
+    ConfigError for a folder that holds something else.
     """
+    require_place(out)
     if model.cfg.qformer.kind == "utterance":
         raise ModelError("a Q-Former of kind 'utterance' has no step", hint="use it offline")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -100,6 +100,33 @@ def test_a_folder_holds_every_part_once(tmp_path, kind):
     assert CtcPieces.load(out / "pieces.json").encode("the cat") == pieces.encode("the cat")
 
 
+def test_parts_may_lie_in_the_folder_that_is_written(tmp_path):
+    """Its files were rewritten then, and its config kept the hashes of the old ones."""
+    pieces = train_pieces(["the cat sat on the mat"], 36, tmp_path / "pieces.json")
+    ear = {
+        "encoder.conv1.weight": torch.ones(512, 80, 3),
+        "encoder.blocks.0.out.bias": torch.zeros(512),
+        "ctc.hidden.bias": torch.zeros(512),
+        "ctc.out.bias": torch.zeros(pieces.size),
+    }
+    bridge = {
+        "qformer.out.weight": torch.zeros(576, 512),
+        "stop.weight": torch.full((1, 4), 0.5),
+        "qformer.queries": torch.ones(2, 4),
+    }
+    files = [tmp_path / f"{name}.safetensors" for name in ("ear", "bridge")]
+    save_file(ear, files[0])
+    save_file(bridge, files[1])
+    export(tmp_path, *files, tmp_path / "pieces.json", None, WriterConfig())
+    told = json.loads((tmp_path / "config.json").read_text())["sha256"]
+    assert told == {path.name: sha256(path) for path in (*files, tmp_path / "pieces.json")}
+    torch.testing.assert_close(load_file(files[1])["stop.weight"], bridge["stop.weight"])
+    # Whoever may read the folder may read the weights: other users, and those of images.
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        (tmp_path / "config.json").stat().st_mode & 0o777
+    }
+
+
 def test_an_exported_ear_can_be_exported_again(tmp_path):
     """As when only the bridge is new: what is in 8 bits stays what it is."""
     pieces = train_pieces(["the cat sat on the mat"], 36, tmp_path / "pieces.json")

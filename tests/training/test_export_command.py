@@ -7,6 +7,7 @@ import subprocess
 import sys
 import wave
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +16,17 @@ import torch
 from safetensors.torch import save_file
 
 from sparqle_stream import models, testing, weights
-from sparqle_stream.config import CtcConfig, EncoderConfig, EngineConfig, QFormerConfig
+from sparqle_stream.config import (
+    SILENT_MEL,
+    CtcConfig,
+    EncoderConfig,
+    EngineConfig,
+    QFormerConfig,
+)
 from sparqle_stream.ctc import CtcHead
 from sparqle_stream.encoder import Encoder
 from sparqle_stream.engine import Engine
-from sparqle_stream.errors import ModelError
+from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.onnx_cpu import model as onnx_model
 from sparqle_stream.onnx_cpu.settings import INDEX
 from sparqle_stream.qformer import QFormer
@@ -222,6 +229,25 @@ def test_graphs_take_the_place_of_older_ones(folder, parts, tmp_path):
     assert json.loads((out / INDEX).read_text())["dtype"] == "int8"
     assert not (out / "old.data").exists()
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("what", ["model", "runs", "file"])
+def test_nothing_but_graphs_is_ever_replaced(folder, parts, tmp_path, what):
+    """`--onnx runs` deleted all that had been trained."""
+    place = {"model": folder, "runs": tmp_path / "runs", "file": tmp_path / "x"}[what]
+    (tmp_path / "runs" / "joint").mkdir(parents=True)
+    (tmp_path / "runs" / "joint" / "last.pt").write_bytes(b"hours")
+    (tmp_path / "x").write_bytes(b"")
+    before = sorted(place.rglob("*"))
+    with pytest.raises(ConfigError, match="is a file" if what == "file" else "would be replaced"):
+        models.write_graphs(folder, parts.llm, place, "float32")
+    assert sorted(place.rglob("*")) == before
+    assert (tmp_path / "runs" / "joint" / "last.pt").read_bytes() == b"hours"
+
+
+def test_the_page_says_what_silence_is():
+    page = (Path(models.__file__).parent.parent / "docs" / "onnx.md").read_text()
+    assert f"({SILENT_MEL} at the start" in page
 
 
 def test_the_words_of_a_model_go_with_its_graphs(folder, parts, tmp_path, monkeypatch):

@@ -157,7 +157,10 @@ def stream_file(path: str | Path, block: int = SAMPLE_RATE_HZ) -> Iterator[Pcm]:
 def is_pipe(path: str | Path) -> bool:
     """Whether there is something of that name that can be read once only."""
     path = Path(path)
-    return path.exists() and not path.is_file() and not path.is_dir()
+    try:
+        return path.exists() and not path.is_file() and not path.is_dir()
+    except OSError:  # a name that is too long, a folder that may not be looked into
+        return False
 
 
 def file_seconds(path: str | Path) -> float | None:
@@ -336,7 +339,13 @@ def _lacking(container: InputContainer, stream: AudioStream, decoded_s: float) -
 
 def _frame_mono(frame: AudioFrame) -> Pcm:
     """One decoded frame of any sample format and channels -> (S,) float32 in -1..1."""
-    samples: npt.NDArray[Any] = frame.to_ndarray()  # (C, S), or (1, S * C): interleaved
+    try:
+        samples: npt.NDArray[Any] = frame.to_ndarray()  # (C, S), or (1, S * C): interleaved
+    except ValueError as err:
+        raise AudioFormatError(
+            f"samples of the format {frame.format.name} cannot be read",
+            hint="convert it, for example to 16 bits: ffmpeg -i IN -c:a pcm_s16le OUT.wav",
+        ) from err
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
     if samples.dtype == np.uint8:  # the only unsigned format, silence is 128

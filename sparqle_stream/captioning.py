@@ -178,7 +178,11 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                if number := getattr(signal, name, None):
+                number = getattr(signal, name, None)
+                is_nohup = (
+                    name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+                )
+                if number and not is_nohup:
                     self._saved[number] = signal.signal(number, self._heard)
         return self
 

@@ -160,6 +160,7 @@ class Captions:
         self._delay_samples, self._ahead_samples = delay_samples, ahead_samples
         self._origin = 0  # stream sample at which the segment's CTC frames begin
         self._open = ""  # text that may still grow
+        self._left = Spoken()  # of the slot before a seam; leaves with the next chunk
         self._context = ""  # end of the transcript
         self._has_text = False
         self._last_end = 0  # of the last final word, samples
@@ -179,12 +180,20 @@ class Captions:
         self._is_mute = False
         self._start_text()
 
-    def seam(self) -> None:
-        """A new LLM slot without a pause: the CTC path goes on. What led to a loop is forgotten."""
+    def seam(self, at: int, *, may_repeat: bool) -> None:
+        """A new LLM slot without a pause, from sample `at` on: the CTC path goes on, what was open
+        is complete. What led to a loop is forgotten.
+
+        `may_repeat`: whoever writes may say the context's last words again (`_n_doubled`).
+        """
         if self.is_looping:
             self._context = ""
+        done, self._open = self._open, ""
+        left = self._finalize(done, at - self._delay_samples, at)
         self._start_text()
-        self._guard = [_letters(word) for word in self._context.split()[-SEAM_GUARD_WORDS:]]
+        self._left = left
+        if may_repeat:
+            self._guard = [_letters(word) for word in self._context.split()[-SEAM_GUARD_WORDS:]]
 
     def _start_text(self) -> None:
         self.is_looping, self._is_fresh, self._open, self._guard = False, True, "", []
@@ -228,16 +237,18 @@ class Captions:
         `chunk_end` is the chunk's end in samples of the stream, padding included; `emitted` the
         sample that had to be heard for it.
         """
+        left, self._left = self._left, Spoken()
         self._token_budget -= len(tokens)
         for token in tokens:
             self._run.append(token)
             if _is_repetition(self._run, self.cfg.repeat_ngram):
                 self.is_looping, self._open = True, ""
-                return Spoken()
+                return left
         self._open += self._detokenizer.push(tokens)
         cut = len(self._open.rstrip()) if is_complete else _last_word_at(self._open)
         done, self._open = self._open[:cut], self._open[cut:]
-        return self._finalize(done, chunk_end - self._delay_samples, emitted)
+        spoken = self._finalize(done, chunk_end - self._delay_samples, emitted)
+        return Spoken(left.text + spoken.text, left.words + spoken.words)
 
     def close(self, chunk_end: int, emitted: int) -> Spoken:
         """End of a segment: what is open leaves, what was heard only is forgotten."""
@@ -293,7 +304,18 @@ class Captions:
         return Spoken(text, tuple(words))
 
     def _times(self, words: list[str], latest: int, emitted: int) -> list[tuple[int, int]]:
-        """Start and end of every word in samples: matched, or guessed between neighbours."""
+        """Start and end of every word in samples; a mark that stands alone takes no time."""
+        end = min(max(self._last_end, self._origin), emitted)
+        said = [word for word in words if _letters(word)]
+        timed = iter(self._times_said(said, latest, emitted) if said else ())
+        times = []
+        for word in words:
+            times.append(next(timed) if _letters(word) else (end, end))
+            end = times[-1][1]
+        return times
+
+    def _times_said(self, words: list[str], latest: int, emitted: int) -> list[tuple[int, int]]:
+        """Of words with letters: matched, or guessed between neighbours."""
         heard = list(self.heard.letters)
         matched, n_used = match_words([_letters(w) for w in words], [x.key for x in heard])
         lead, hold = (ms * SAMPLE_RATE_HZ // 1000 for ms in (self.cfg.lead_ms, self.cfg.hold_ms))

@@ -195,6 +195,10 @@ class StreamOptions:
                 f"--chunk-ms {self.chunk_ms} cannot be used",
                 hint=f"use a multiple of {QUERY_MS} from {low} to {high}",
             )
+        try:
+            (self.prompt + self.instruction).encode()
+        except UnicodeEncodeError as err:
+            raise ConfigError("the prompt is no valid Unicode", hint="send it as UTF-8") from err
         low, high = DELAY_MS_RANGE
         if not low <= self.delay_ms <= high:
             raise ConfigError(f"--delay-ms {self.delay_ms} is out of range", hint=f"{low}..{high}")

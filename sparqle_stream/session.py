@@ -173,7 +173,8 @@ class Session:
             n_past = (chunk.start - chunk.origin) * 1000 // (QUERY_MS * SAMPLE_RATE_HZ)
             n_again = 0 if self._captions.is_looping else min(self._n_again, n_past)
             self.counts["seams"] += 1
-            self._captions.seam()
+            # A word beam goes on where it was, and what it wrote is committed.
+            self._captions.seam(chunk.start, may_repeat=self._hearing is None)
             return self._begin(Start.SEAM, n_again)
         return Turn(chunk.pcm, Start.GOES_ON, None, 0)
 

@@ -66,6 +66,7 @@ class Stream:
         self.failure: SparqleError | None = None
         self._worker = worker
         self._inbox: deque[Floats | Mark] = deque()
+        self._n_marks = 0  # in there
         self.n_inbox = 0  # samples that the detector has not heard
         self.n_patient = 0  # so few of them may wait: nothing that follows from them is due
         self.n_begun = 0  # segments that the detector has found
@@ -92,7 +93,8 @@ class Stream:
         self._worker.mark(self, Mark.FINISH)
 
     def cancel(self) -> None:
-        """Frees the slot at once. No event follows, not even for audio that was sent."""
+        """Frees the slot at once. No event follows, not even for audio that was sent, but for one
+        that is being handed out."""
         self._worker.cancel(self)
 
     def events(self, timeout: float | None = None) -> Iterator[messages.Event]:
@@ -143,7 +145,7 @@ class Stream:
         """
         if self.n_inbox >= self.n_patient:
             return bool(self._inbox)
-        return any(isinstance(item, Mark) for item in self._inbox)
+        return self._n_marks > 0
 
     @property
     def is_idle(self) -> bool:
@@ -157,6 +159,7 @@ class Stream:
     def put(self, item: Floats | Mark) -> None:
         if isinstance(item, Mark):
             self._inbox.append(item)
+            self._n_marks += 1
             return
         self._inbox.extend(item[i : i + TURN_SAMPLES] for i in range(0, len(item), TURN_SAMPLES))
         self.n_inbox += len(item)
@@ -167,13 +170,16 @@ class Stream:
         items: Inbox = []
         n = 0
         while self._inbox and n < TURN_SAMPLES:
-            items.append(self._inbox.popleft())
-            n += 0 if isinstance(items[-1], Mark) else len(items[-1])
+            items.append(item := self._inbox.popleft())
+            if isinstance(item, Mark):
+                self._n_marks -= 1
+            else:
+                n += len(item)
         return items
 
     def drop_inbox(self) -> None:
         self._inbox.clear()
-        self.n_inbox = 0
+        self.n_inbox = self._n_marks = 0
 
     def hand_out(self, event: messages.Event) -> None:
         if self._on_event is not None:

@@ -194,16 +194,18 @@ class Worker:
 
     def _run(self) -> None:
         """The worker: until closing, take what came in, step, hand out events."""
-        with self.batch.working(self.cfg.threads):
-            while (work := self._wait_for_work()) is not None:
-                try:
-                    self._tick(work)
-                except Exception as err:
-                    log.exception("the worker failed between streams")
-                    for stream, _ in work:
-                        self._fail(stream, err)
-        for stream in list(self.streams.values()):
-            self._fail(stream, BusyError("the engine was closed", hint="open a new stream"))
+        try:
+            with self.batch.working(self.cfg.threads):
+                while (work := self._wait_for_work()) is not None:
+                    try:
+                        self._tick(work)
+                    except Exception as err:
+                        log.exception("the worker failed between streams")
+                        for stream, _ in work:
+                            self._fail(stream, err)
+        finally:  # whatever ends the thread: nobody waits for it for ever
+            for stream in list(self.streams.values()):
+                self._fail(stream, BusyError("the engine was closed", hint="open a new stream"))
 
     def _wait_for_work(self) -> list[tuple[Stream, Inbox]] | None:
         """All streams with what is in their inboxes; None when the engine closes."""
@@ -384,6 +386,6 @@ class Worker:
     def _hand_out(self, stream: Stream, event: messages.Event) -> None:
         try:
             stream.hand_out(event)
-        except Exception:
+        except BaseException:  # sys.exit() too: the thread is that of other streams as well
             log.exception("on_event of stream %s failed; the stream is cancelled", stream.id)
             self.cancel(stream)

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import pathlib
+import struct
 import threading
 import tracemalloc
 import wave
@@ -417,6 +418,24 @@ def test_streaming_a_long_file_keeps_little_in_memory(tmp_path):
     tracemalloc.stop()
     assert n_samples == 4 * 60 * 16_000
     assert peak_bytes < 2_000_000
+
+
+def test_a_name_that_no_file_can_have_is_no_pipe():
+    """To ask is an error of the system; what is wrong is said when it is opened."""
+    name = 300 * "a"
+    assert not audio.is_pipe(name)
+    with pytest.raises(AudioFormatError, match="aaa"):
+        audio.read_file(name)
+
+
+def test_samples_of_64_bits_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "x.wav"
+    data = np.zeros(1600, "<i8").tobytes()
+    form = struct.pack("<HHIIHH", 1, 1, 16_000, 128_000, 8, 64)
+    chunks = b"WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", len(data))
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(chunks) + len(data)) + chunks + data)
+    with pytest.raises(AudioFormatError, match="s64"):
+        audio.read_file(path)
 
 
 @pytest.mark.timeout(60)  # who opens a pipe once more waits for a writer that has gone

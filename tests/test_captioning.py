@@ -232,6 +232,18 @@ def test_the_first_signal_is_a_wish_and_the_second_ctrl_c_is_meant():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_paced_file_comes_at_the_speed_of_speech():
     now = SimpleNamespace(s=50.0)
     blocks = [np.full(640, i, np.float32) for i in range(10)]

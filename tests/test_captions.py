@@ -196,7 +196,7 @@ def test_text_is_append_only_and_times_are_in_order(data):
         event = data.draw(st.sampled_from(["chunk", "chunk", "chunk", "seam", "segment"]))
         outs = []
         if event == "seam":
-            captions.seam()
+            captions.seam(at - CHUNK, may_repeat=data.draw(st.booleans()))
         if event == "segment":
             outs.append(captions.close(at, at))
             captions.begin(at)
@@ -315,7 +315,7 @@ def test_a_loop_stops_the_text(pieces, period):
     assert captions.is_looping
     assert len(said.split()) == 17  # the 18th token made three times six
     assert captions.allowance(CHUNK) == 0
-    captions.seam()
+    captions.seam(10 * CHUNK, may_repeat=True)
     captions.hear(spell("abcdefg"))
     assert not captions.is_looping
     assert captions.context(8) == ""  # what led to the loop does not prime the next slot
@@ -365,7 +365,7 @@ def test_words_of_the_context_are_not_said_twice(pieces, after, expected):
     captions = make(pieces)
     captions.hear(spell("i saw the cat"))
     write(captions, " I saw the cat", 3 * CHUNK)
-    captions.seam()
+    captions.seam(3 * CHUNK, may_repeat=True)
     captions.hear(spell("sat down"))
     assert write(captions, after, 4 * CHUNK).text == expected
 
@@ -375,9 +375,44 @@ def test_words_that_are_said_again_after_a_seam_stay(pieces):
     captions = make(pieces)
     captions.hear(spell("very good"))
     write(captions, " very good", 2 * CHUNK)
-    captions.seam()
+    captions.seam(3 * CHUNK, may_repeat=True)
     captions.hear(spell("very good"))
     assert write(captions, " very good", 4 * CHUNK).text == " very good"
+
+
+def test_a_writer_that_never_repeats_is_believed(pieces):
+    """A beam may have heard again what CTC's best path did not."""
+    captions = make(pieces)
+    captions.hear(spell("no"))
+    write(captions, " no", 2 * CHUNK)
+    captions.seam(2 * CHUNK, may_repeat=False)
+    captions.hear(spell("m"))
+    assert write(captions, " no", 3 * CHUNK).text == " no"
+
+
+def test_a_word_that_was_open_at_a_seam_leaves_with_the_next_chunk(pieces):
+    """It was neither written nor said to the next slot when a chunk had used up its allowance."""
+    captions = make(pieces)
+    captions.hear(spell("alpha beta"))
+    assert write(captions, " alpha beta", 2 * CHUNK, is_complete=False).text == "alpha"
+    captions.seam(2 * CHUNK, may_repeat=True)
+    assert captions.context(8) == "alpha beta"
+    captions.hear(spell("gamma"))
+    spoken = write(captions, " gamma", 4 * CHUNK)
+    assert spoken.text == " beta gamma"
+    assert [word.text for word in spoken.words] == ["beta", "gamma"]
+
+
+def test_a_mark_that_stands_alone_takes_no_time(pieces):
+    """It took all that was heard until then, and the next word had no time of its own."""
+    captions = make(pieces)
+    captions.hear(spell("hello world", 12))
+    (hello,) = write(captions, " hello", 14 * 640).words
+    captions.hear([0] * 8)
+    (comma,) = write(captions, ",", 22 * 640).words
+    assert comma.start == comma.end == hello.end
+    (world,) = write(captions, " world", 22 * 640).words
+    assert world.start < world.end - 1_000
 
 
 def test_a_seam_is_looked_for_where_nothing_is_pending(pieces):

@@ -11,6 +11,7 @@ import pytest
 
 from sparqle_stream import messages
 from sparqle_stream.config import StreamOptions, VadConfig
+from sparqle_stream.errors import ConfigError
 from sparqle_stream.testing import oracle_engine, say, vocabulary, words_of
 
 OFF = VadConfig(kind="off")
@@ -89,3 +90,10 @@ def test_the_task_stands_between_prompt_and_context(engine):
     prefixes = engine.workers[0].batch.seam_prefixes
     assert prefixes
     assert all(" names are here Write it down: " in prefix for prefix in prefixes)
+
+
+@pytest.mark.parametrize("field", ["prompt", "instruction"])
+def test_a_prompt_that_is_no_text_is_refused(field):
+    """Half a character of a JSON string, or bytes of another encoding on the command line."""
+    with pytest.raises(ConfigError, match="no valid Unicode"):
+        StreamOptions(**{field: "caf\udce9"})

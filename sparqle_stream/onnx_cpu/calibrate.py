@@ -38,12 +38,15 @@ def slot_scales(model: SparqleModel) -> dict[str, Floats]:
     made = TorchStages(model, 1)
     options = StreamOptions()
     ahead, pcm = model.cfg.encoder.ahead_frames(options.delay_ms), audio.read_file(CLIP)
+    n_more = 2 * (options.chunk_queries + N_TOKENS)  # of a chunk; what it leaves waits
     with made.working(0):
         made.wipe(0)
         made.begin({0: stages.prefix_ids(model.tokenizer, TEXT)})
         for start in range(0, len(pcm) - options.chunk_samples, options.chunk_samples):
             chunk = {0: pcm[start : start + options.chunk_samples]}
             made.step(chunk, {0: 0}, ahead, lambda *_: Greedy(N_TOKENS))
+            if made.state.llm.length[0] + n_more > model.cfg.llm.n_slot:
+                break  # a model with short slots has told what it can
     state = made.state.llm
     n_rows = int(state.length[0])
     scales = {}

@@ -39,6 +39,8 @@ FILES = (
     *(f"{name}.{kind}" for name in (*GRAPHS, "vocabulary") for kind in ("onnx", "data")),
     *("tokens.npy", "stop.npy", "pieces.json"),
 )
+PLAIN_FILES = ("plain.onnx", "plain.data")  # beside text.npz
+FIELDS = ("name", "weights_hash", "bos_id", "config")  # of the index
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +114,23 @@ def load(folder: Path, tokenizer: Tokenizer | None = None) -> OnnxModel:
     Raises ModelError for a folder of another version, or with something missing.
     """
     raw = read_json(folder / INDEX)
-    if lacking := [name for name in FILES if not (folder / name).is_file()]:
+    text = folder / "text.npz"
+    files = (*FILES, *(PLAIN_FILES if text.is_file() else ()))
+    if lacking := [name for name in files if not (folder / name).is_file()]:
         raise ModelError(f"{folder} has no {lacking[0]}", hint="export the model anew")
     if raw.get("format") != FORMAT:
         raise ModelError(
             f"{folder} has format {raw.get('format')}, not {FORMAT}",
             hint="export the model anew with this version",
         )
+    if lacking := [name for name in FIELDS if name not in raw]:
+        raise ModelError(
+            f"{folder / INDEX} does not say {lacking[0]}", hint="export the model anew"
+        )
     cfg: ModelConfig = config_from_json(ModelConfig, raw["config"], folder / INDEX)
     pieces, words = CtcPieces.load(folder / "pieces.json"), folder / "words.safetensors"
     tokens = _mapped(folder / "tokens.npy")
-    head, text = folder / "head.npy", folder / "text.npz"
+    head = folder / "head.npy"
     return OnnxModel(
         cfg=cfg,
         pieces=pieces,
@@ -134,7 +142,7 @@ def load(folder: Path, tokenizer: Tokenizer | None = None) -> OnnxModel:
         sessions={name: open_session(folder / f"{name}.onnx") for name in GRAPHS},
         tokens=tokens,
         head=_mapped(head) if head.is_file() else tokens,
-        stop=np.load(folder / "stop.npy"),
+        stop=np.array(_mapped(folder / "stop.npy")),
         text=_prefix(text) if text.is_file() else None,
     )
 

@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from sparqle_stream import models
+from sparqle_stream import models, testing
 from sparqle_stream.errors import ModelError
+from sparqle_stream.onnx_cpu import calibrate
 from sparqle_stream.onnx_cpu import model as onnx_model
 from sparqle_stream.onnx_cpu.settings import INDEX
 
@@ -34,6 +36,34 @@ def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(ModelError, match=name):
         onnx_model.load(folder)
+
+
+def test_a_damaged_file_is_named(folder):
+    (folder / "stop.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(ModelError, match=r"stop\.npy"):
+        onnx_model.load(folder, testing.ByteTokenizer())
+
+
+@pytest.mark.parametrize("field", ["name", "weights_hash", "bos_id", "config"])
+def test_a_field_that_is_missing_is_named(folder, field):
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({k: v for k, v in index.items() if k != field}))
+    with pytest.raises(ModelError, match=f"does not say {field}"):
+        onnx_model.load(folder)
+
+
+def test_a_prefix_without_its_normaliser_is_found_at_once(folder):
+    """Not in the middle of the first step that judges, which ends every stream."""
+    (folder / "text.npz").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"plain\.onnx"):
+        onnx_model.load(folder)
+
+
+def test_a_model_with_short_slots_can_be_exported(tiny):
+    """The clip that tells how large K and V get is longer than they are."""
+    short = replace(tiny.cfg, llm=replace(tiny.cfg.llm, n_slot=160))
+    scales = calibrate.slot_scales(replace(tiny, cfg=short))
+    assert all((of > 0).all() for of in scales.values())
 
 
 def test_nothing_is_left_of_a_failed_export(tmp_path, tiny, monkeypatch):

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,40 +51,11 @@ def read(folder: Path, every: int = 1, limit: int | None = None) -> RecordingSet
     """Each `every`-th recording of a folder, the first `limit` of them at most."""
     if every < 1 or (limit is not None and limit < 1):
         raise ConfigError("nothing would be left of the recordings", hint="use 1 or more")
-    raw, found = manifests.read(folder)
-    recordings = _with_own_ids(folder, found)
+    raw, recordings = manifests.read(folder)
+    manifests.require_ids(str(folder), recordings)
     chosen = recordings[::every][:limit]
-    if not chosen:
-        raise ConfigError(f"the manifest in {folder} names no recordings", hint="one a line")
     fingerprint = hashlib.sha256(raw).hexdigest()[:16]
     return RecordingSet(_name(folder), tuple(chosen), fingerprint, len(recordings))
-
-
-def _with_own_ids(folder: Path, recordings: list[Recording]) -> list[Recording]:
-    """Ids that are only the names of files, and are there twice, become paths in the folder.
-
-    Raises ConfigError for ids that somebody gave twice.
-    """
-    counts = Counter(r.id for r in recordings)
-    if len(counts) == len(recordings):
-        return recordings
-    named = [
-        replace(r, id=_path_in(folder, r.path)) if counts[r.id] > 1 and r.id == r.path.stem else r
-        for r in recordings
-    ]
-    (worst, n), *_ = Counter(r.id for r in named).most_common(1)
-    if n > 1:
-        raise ConfigError(
-            f"the manifest in {folder} has {n} recordings {worst!r}", hint='each needs its own "id"'
-        )
-    return named
-
-
-def _path_in(folder: Path, path: Path) -> str:
-    """'a/1' of a/1.wav in the folder; of one elsewhere the last two parts."""
-    if path.is_relative_to(folder):
-        return path.relative_to(folder).with_suffix("").as_posix()
-    return "/".join(path.with_suffix("").parts[-2:])
 
 
 def require_noise(recordings: RecordingSet) -> None:

@@ -25,7 +25,7 @@ from sparqle_stream.pieces import CtcPieces
 from sparqle_stream.weights import part
 from training.data import AugmentConfig
 from training.hearing import distil_loss, hear, load_ear, load_encoder, mel_of, padded, whole
-from training.loop import Run, main
+from training.loop import Run, main, warmed
 from training.losses import consistency
 from training.place import HERE, Place, find_place
 from training.settings import read_config
@@ -173,7 +173,7 @@ class Trainer(Run):
 
     def warm_up(self, group: int) -> float:
         waited = self.cfg.head_steps if group else -1
-        return min(1.0, max(0.0, (self.step - waited) / self.cfg.warmup))
+        return warmed(self.step - waited, self.cfg.warmup)
 
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
         cfg, rng, place = self.cfg, self.rng, self.place

@@ -15,10 +15,11 @@ makes words.jsonl beside the pack's index or the manifest: one object a recordin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sparqle_stream.config import FRAMES_PER_CTC
+from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import BLANK, CtcPieces
 from training.text import spoken
 
@@ -164,8 +166,25 @@ def poor_ids(folder: Path) -> set[str] | None:
     """What words.jsonl in a pack's folder marks as poor; None where there is no such file."""
     if not (folder / WORDS).is_file():
         return None
-    rows = map(json.loads, (folder / WORDS).read_text().splitlines())
-    return {row["id"] for row in rows if row["is_poor"]}
+    return {row["id"] for row in known_rows(folder / WORDS) if row["is_poor"]}
+
+
+def known_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a words.jsonl; a run that was killed has left half of its last one.
+
+    Raises ConfigError for another line that is no JSON.
+    """
+    rows, lines = [], path.read_text().splitlines()
+    for n, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as err:
+            if n == len(lines):
+                break
+            raise ConfigError(
+                f"line {n} of {path} is not JSON: {err}", hint="run python -m training.align anew"
+            ) from err
+    return rows
 
 
 def transcripts(source: Path) -> list[Transcript]:
@@ -175,20 +194,29 @@ def transcripts(source: Path) -> list[Transcript]:
 
     if (source / "index.jsonl").is_file():
         return [(c.id, c.text, c) for c in Pack(source).clips if c.text]
-    return [(r.id, r.text, r) for r in manifests.read(source)[1] if r.text]
+    return [(r.id, r.text, r) for r in manifests.read_all([source]) if r.text]
 
 
-def recordings(source: Path, handles: list[object]) -> list[Floats]:
-    """PCM (S,) of some of `transcripts`."""
+def recordings(
+    source: Path, todo: Sequence[Transcript], *, is_any: bool = False
+) -> Iterator[tuple[Transcript, Floats]]:
+    """Some of `transcripts`, each with its PCM (S,); files that cannot be decoded are left out.
+
+    Raises AudioFormatError as decode_all does; `is_any` is for that.
+    """
     from training.corpus import Clip, Pack, decode_all
     from training.manifests import Recording
 
-    clips = [h for h in handles if isinstance(h, Clip)]
-    if clips:
-        pack = Pack(source)
-        return [pack.pcm(clip) for clip in clips]
-    named = [h for h in handles if isinstance(h, Recording)]
-    return [pcm.astype(np.float32) / np.float32(32768) for _, pcm in decode_all(named)]
+    pack = Pack(source) if (source / "index.jsonl").is_file() else None
+    named: dict[str, Transcript] = {}
+    for one in todo:
+        if pack and isinstance(one[2], Clip):
+            yield one, pack.pcm(one[2])
+        else:
+            named[one[0]] = one
+    files = (one[2] for one in named.values() if isinstance(one[2], Recording))
+    for found, pcm in decode_all(files, is_any=is_any):
+        yield named[found.id], pcm.astype(np.float32) / np.float32(32768)
 
 
 def align(
@@ -198,15 +226,17 @@ def align(
     pieces: CtcPieces,
     chunk_frames: int,
     poor: float,
+    *,
+    is_any: bool = False,
 ) -> Iterator[dict[str, object]]:
     """Lines of words.jsonl for some of `transcripts`; chunk_frames 0 hears with full context."""
     from training.hearing import posteriors
 
     bar = tqdm(total=len(todo), desc="align", unit="clip", disable=None)
-    for at in range(0, len(todo), HEARD_AT_ONCE):
-        part = todo[at : at + HEARD_AT_ONCE]
-        pcm = recordings(source, [handle for _, _, handle in part])
-        for i, log_probs in posteriors(*ear, pcm, chunk_frames):
+    decoded = recordings(source, todo, is_any=is_any)
+    while pairs := list(itertools.islice(decoded, HEARD_AT_ONCE)):
+        part = [one for one, _ in pairs]
+        for i, log_probs in posteriors(*ear, [pcm for _, pcm in pairs], chunk_frames):
             words, score = align_words(log_probs.numpy(), part[i][1], pieces)
             is_poor = not score >= poor
             told = [] if score == -np.inf else [[w.text, w.end_ms] for w in words]
@@ -217,6 +247,13 @@ def align(
                 "is_poor": is_poor,
                 "words": told,
             }
+
+
+def _write_whole(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Only these rows, replaced at once: the next one must not be glued to half a line."""
+    part = out.with_name(f"{out.name}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(out)
 
 
 def main() -> None:
@@ -235,16 +272,25 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.source if args.source.is_dir() else args.source.parent
     out = args.out or folder / WORDS
-    lines = out.read_text().splitlines() if args.resume and out.is_file() else []
-    known = [json.loads(line) for line in lines]
-    n, n_poor = len(known), sum(row["is_poor"] for row in known)
     with reported():
+        known = known_rows(out) if args.resume and out.is_file() else []
+        n, n_poor = len(known), sum(row["is_poor"] for row in known)
         pieces, done = CtcPieces.load(args.pieces), {row["id"] for row in known}
         ear = load_ear(args.ear, pieces.size, args.device)
         todo = [one for one in transcripts(args.source) if one[0] not in done]
         # Only now: a misspelt name must not cost what an earlier run has written.
-        with out.open("a" if args.resume else "w") as file:
-            for row in align(args.source, todo, ear, pieces, args.chunk_ms // 20, args.poor):
+        _write_whole(out, known)
+        with out.open("a") as file:
+            found = align(
+                args.source,
+                todo,
+                ear,
+                pieces,
+                args.chunk_ms // 20,
+                args.poor,
+                is_any=bool(known),
+            )
+            for row in found:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 n, n_poor = n + 1, n_poor + bool(row["is_poor"])

@@ -51,10 +51,17 @@ class Clip:
 
 
 class Pack:
-    """A folder of decoded speech, read through a memory map."""
+    """A folder of decoded speech, read through a memory map.
+
+    Raises ConfigError for one without audio.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if not (folder / AUDIO).stat().st_size:
+            raise ConfigError(
+                f"the pack in {folder} is empty", hint="pack it anew, or leave it out"
+            )
         self.samples: NDArray[np.int16] = np.memmap(folder / AUDIO, np.int16, mode="r")
         lines = (folder / INDEX).read_text().splitlines()
         self.clips = [Clip(**json.loads(line)) for line in lines]
@@ -130,9 +137,19 @@ def _whole_clips(audio: Path, index: Path) -> list[Clip]:
 
 
 def after(recordings: Sequence[Recording], last_id: str) -> Sequence[Recording]:
-    """Those behind the last one with that id: what a run that was killed had still to do."""
+    """Those behind the one with that id ('': all): what a run that was killed had still to do.
+
+    Raises ConfigError for an id that is not there: clips would be written twice.
+    """
+    if not last_id:
+        return recordings
     ids = [one.id for one in recordings]
-    return recordings[len(ids) - ids[::-1].index(last_id) :] if last_id in ids else recordings
+    if last_id not in ids:
+        raise ConfigError(
+            f"the pack that was begun ends with {last_id!r}, which no manifest here has",
+            hint="name the same manifests, or leave --resume out to begin anew",
+        )
+    return recordings[len(ids) - ids[::-1].index(last_id) :]
 
 
 def decode_file(file: Path | BinaryIO) -> NDArray[np.int16]:
@@ -160,14 +177,17 @@ def _samples(frame: AudioFrame) -> NDArray[np.int16]:
     return frame.to_ndarray().reshape(-1).astype(np.int16, copy=False)
 
 
-def decode_all(recordings: Iterable[Recording]) -> Iterator[tuple[Recording, NDArray[np.int16]]]:
+def decode_all(
+    recordings: Iterable[Recording], *, is_any: bool = False
+) -> Iterator[tuple[Recording, NDArray[np.int16]]]:
     """Each recording with its PCM (S,); a file of which several parts follow is decoded once.
 
     A file that cannot be decoded is left out with a warning; when it is the first one, they are
-    probably all like that, and AudioFormatError is raised.
+    probably all like that, and AudioFormatError is raised, unless `is_any`: an earlier run decoded
+    some.
     """
     whole: NDArray[np.int16] | None = None
-    path, is_any = None, False
+    path: Path | None = None
     for one in recordings:
         if one.path != path:
             path = one.path

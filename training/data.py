@@ -29,6 +29,9 @@ Floats = NDArray[np.float32]
 LONGEST_CHUNK_SAMPLES = 64 * FRAME_SAMPLES
 FFT_SAMPLES = 8192  # lengths of few and small factors: others take thirty times as long
 DRAWS, FIRST_DRAWS = 6, 600  # of clips for the rest of a stream, and for an empty one
+SPEEDS = 0.88, 1.14  # slowest and fastest
+SHORTEST_SAMPLES = 1600  # of a clip
+FIRST_PAUSE_S = 0.05, 0.5  # before the first clip of a stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Augmenter:
         """Speaks 10 % faster or slower (Ko et al., 2015)."""
         if self.rng.random() > self.cfg.speed:
             return pcm
-        factor = self.rng.uniform(0.88, 1.14)
+        factor = self.rng.uniform(*SPEEDS)
         out: Floats = soxr.resample(pcm, SAMPLE_RATE_HZ * factor, SAMPLE_RATE_HZ, quality="LQ")
         return out
 
@@ -152,8 +155,48 @@ def _fit(pcm: Floats, n: int) -> Floats:
     return np.pad(pcm, (0, max(0, n - len(pcm))))[:n]
 
 
+def fits(clip: Clip, seconds: float) -> bool:
+    """Whether an empty stream of `seconds` has room for a clip, spoken no faster than it is."""
+    most = (seconds - FIRST_PAUSE_S[0]) * SAMPLE_RATE_HZ
+    return SHORTEST_SAMPLES <= clip.length <= most
+
+
+class Queue:
+    """Clips in a random order, each once a pass; what a stream had no room for comes again."""
+
+    def __init__(self, clips: list[Clip], rng: random.Random) -> None:
+        self.clips, self.rng = clips, rng
+        self._left: list[int] = []
+        self._late: list[int] = []  # drawn for this stream in vain
+
+    def draw(self) -> int:
+        """The number of the next clip. What is late holds nobody up: a new pass begins without it,
+        as it has its turn still."""
+        if not self._left:
+            late = set(self._late)
+            fresh = [i for i in range(len(self.clips)) if i not in late]
+            if not fresh:
+                fresh, self._late = self._late, []
+            self._left = self.rng.sample(fresh, len(fresh))
+        return self._left.pop()
+
+    def put_back(self, number: int) -> None:
+        """For the next streams."""
+        self._late.append(number)
+
+    def next_stream(self) -> None:
+        """Late clips get any place of what is left: at its end only long ones would be left."""
+        for number in self._late:
+            self._left.insert(self.rng.randint(0, len(self._left)), number)
+        self._late = []
+
+
 class StreamSampler:
-    """Draws clips from weighted packs without repeats (per pass) and joins them into streams."""
+    """Draws clips from weighted packs without repeats (per pass) and joins them into streams.
+
+    Clips that no stream has room for are not kept. Streams of each length draw from those that
+    they have room for, in passes of their own, so that a source is drawn as its weight says.
+    """
 
     def __init__(
         self,
@@ -161,63 +204,80 @@ class StreamSampler:
         augment: Augmenter,
         seconds: float,
         p_empty: float = 0.0,
+        lengths_s: tuple[float, ...] = (),
     ) -> None:
-        """p_empty: share of streams that are noise without words, if the augmenter has noise."""
-        for pack, clips, _ in sources:
-            if not any(clip.seconds <= seconds for clip in clips):
-                raise ConfigError(
-                    f"no clip of {pack.folder} fits into a stream of {seconds} s",
-                    hint="raise stream_s or leave the pack out",
-                )
+        """`seconds` is the length of streams, or `lengths_s` are; p_empty: share of streams that
+        are noise without words, if the augmenter has noise.
+
+        Raises ConfigError for a source without a clip for one of the lengths.
+        """
         self.augment, self.rng, self.seconds = augment, augment.rng, seconds
         self.p_empty = p_empty if augment.noise else 0.0
-        self.shortest_s = max(min(clip.seconds for clip in clips) for _, clips, _ in sources)
-        self.sources = [(pack, clips) for pack, clips, _ in sources]
+        self.all_texts = [[c for c in clips if c.text.split()] for _, clips, _ in sources]
+        longest_s = max((seconds, *lengths_s))
+        self.sources = [(p, [c for c in clips if fits(c, longest_s)]) for p, clips, _ in sources]
         self.weights = [weight for _, _, weight in sources]
-        self.queues: list[list[Clip]] = [[] for _ in sources]
+        self._queues: dict[float, list[Queue]] = {}
+        self._texts: list[Queue] = []
+        for length_s in lengths_s or (seconds,):
+            self._queues_of(length_s)
 
-    def _next_clip(self) -> tuple[int, Clip]:
-        """A source's number and its next clip."""
-        i = self.rng.choices(range(len(self.sources)), self.weights)[0]
-        _, clips = self.sources[i]
-        if not self.queues[i]:
-            self.queues[i] = self.rng.sample(clips, len(clips))
-        return i, self.queues[i].pop()
+    def _queues_of(self, seconds: float) -> list[Queue]:
+        """Of each source what a stream of `seconds` has room for. Raises ConfigError for none."""
+        if seconds not in self._queues:
+            made = []
+            for pack, clips in self.sources:
+                fitting = [clip for clip in clips if fits(clip, seconds)]
+                if not fitting:
+                    raise ConfigError(
+                        f"no clip of {pack.folder} fits into a stream of {seconds} s",
+                        hint="raise stream_s (lengths_s, if there are some) or leave the pack out",
+                    )
+                made.append(Queue(fitting, self.rng))
+            self._queues[seconds] = made
+        return self._queues[seconds]
 
-    def _fitting(self, n_left: int, n_draws: int) -> tuple[Clip, Floats] | None:
+    def _source(self, weights: Sequence[float]) -> int:
+        return self.rng.choices(range(len(weights)), weights)[0]
+
+    def _fitting(
+        self, queues: list[Queue], n_left: int, n_draws: int
+    ) -> tuple[Clip, Floats] | None:
         """A clip of at most `n_left` samples, if one is drawn; longer ones come again."""
-        found = None
-        waiting: list[tuple[int, Clip]] = []
-        while found is None and len(waiting) < n_draws:
-            i, clip = self._next_clip()
-            pcm = self.augment.speed(self.sources[i][0].pcm(clip))
-            if 1600 <= len(pcm) <= n_left:
-                found = clip, pcm
-            else:
-                waiting.append((i, clip))
-        for i, clip in waiting:
-            self.queues[i].insert(0, clip)
-        return found
+        for _ in range(n_draws):
+            i = self._source(self.weights)
+            number = queues[i].draw()
+            clip = queues[i].clips[number]
+            if clip.length <= n_left * SPEEDS[1]:  # else no speed helps
+                pcm = self.augment.speed(self.sources[i][0].pcm(clip))
+                if SHORTEST_SAMPLES <= len(pcm) <= n_left:
+                    return clip, pcm
+            queues[i].put_back(number)
+        return None
 
     def stream(self, seconds: float = 0.0) -> Stream:
         """Whole clips with pauses of 10 ms .. 1 s between them, mostly short ones, together of
         `seconds` (0: the sampler's own), or noise. Raises ConfigError if no clip is that short."""
-        if 0 < seconds < self.shortest_s:
-            raise ConfigError(
-                f"no clip of a source fits into a stream of {seconds} s",
-                hint=f"let lengths_s begin at {self.shortest_s:.1f} or more",
-            )
+        queues = self._queues_of(seconds or self.seconds)
         rng, said = self.rng, list[Utterance]()
-        if self.p_empty and rng.random() < self.p_empty:
-            return self._empty(round((seconds or self.seconds) * SAMPLE_RATE_HZ))
-        at = round(rng.uniform(0.05, 0.5) * SAMPLE_RATE_HZ)
-        parts = [np.zeros(at, np.float32)]
         limit = round((seconds or self.seconds) * SAMPLE_RATE_HZ)
+        if self.p_empty and rng.random() < self.p_empty:
+            return self._empty(limit)
+        for queue in queues:
+            queue.next_stream()
+        first, at = (
+            round(s * SAMPLE_RATE_HZ) for s in (FIRST_PAUSE_S[0], rng.uniform(*FIRST_PAUSE_S))
+        )
+        parts = [np.zeros(at, np.float32)]
         while at < limit * 0.75:
-            found = self._fitting(limit - at, DRAWS if said else FIRST_DRAWS)
+            n_left, n_draws = (limit - at, DRAWS) if said else (limit - first, FIRST_DRAWS)
+            found = self._fitting(queues, n_left, n_draws)
             if found is None:
                 break
             clip, pcm = found
+            if not said:  # a clip as long as the stream has a shorter pause before it
+                at = min(at, limit - len(pcm))
+                parts = [parts[0][:at]]
             said.append(Utterance(at, at + len(pcm), clip.text, clip.id, clip.targets))
             pause = np.zeros(round(rng.uniform(0.1, 1.0) ** 2 * SAMPLE_RATE_HZ), np.float32)
             parts += [pcm, pause]
@@ -233,10 +293,21 @@ class StreamSampler:
         return Stream(pcm, pcm * np.float32(10 ** (rng.uniform(-30, 0) / 20)), [])
 
     def texts(self, n_words: int) -> list[str]:
-        """Transcripts without their audio, `n_words` or a little more together."""
+        """Transcripts without their audio, `n_words` or a little more together.
+
+        Raises ConfigError where no source has any.
+        """
+        self._texts = self._texts or [Queue(clips, self.rng) for clips in self.all_texts]
+        weights = [w if q.clips else 0.0 for w, q in zip(self.weights, self._texts, strict=True)]
+        if not any(weights):
+            raise ConfigError(
+                "no source has a transcript to read",
+                hint="add one with transcripts, or text = with p_sentence = 1.0",
+            )
         out: list[str] = []
         while sum(len(text.split()) for text in out) < n_words:
-            out.append(self._next_clip()[1].text)
+            queue = self._texts[self._source(weights)]
+            out.append(queue.clips[queue.draw()].text)
         return out
 
     def batch(self, n_streams: int, lengths_s: tuple[float, ...] = ()) -> list[Stream]:

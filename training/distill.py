@@ -25,7 +25,7 @@ from sparqle_stream.errors import ConfigError
 from training.adapt import freeze
 from training.data import AugmentConfig
 from training.hearing import distil_loss, hear, load_ear, load_encoder, mel_of, padded, whole
-from training.loop import Run, main
+from training.loop import Run, main, warmed
 from training.place import HERE, Place, find_place
 from training.settings import read_config
 from training.sources import SHARE_SEED, Feed, Source, make_feed
@@ -103,7 +103,7 @@ class Trainer(Run):
         return make_feed(self.cfg, seed, with_clean=True)
 
     def warm_up(self, group: int) -> float:
-        return min(1.0, (self.step + 1) / self.cfg.warmup)
+        return warmed(self.step + 1, self.cfg.warmup)
 
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
         cfg, rng, place = self.cfg, self.rng, self.place

@@ -5,6 +5,7 @@ Ctrl-C is 130 and no trace.
 
 from __future__ import annotations
 
+import errno
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,9 +25,11 @@ def reported() -> Iterator[None]:
         print(f"error: {err.message}\nhint: {err.hint}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as err:
-        if err.filename is None:
+        is_full = err.errno == errno.ENOSPC  # writing to an open file names none
+        if err.filename is None and not is_full:
             raise
-        print(f"error: {err.filename}: {err.strerror}", file=sys.stderr)
+        where = f"{err.filename}: " if err.filename else ""
+        print(f"error: {where}{err.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

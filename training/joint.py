@@ -30,19 +30,31 @@ from sparqle_stream.tasks import TRANSCRIBE
 from training.align import BAD_ALIGNMENT, align_rows
 from training.bridge import Bridge, JointConfig, load_config
 from training.hearing import hear, padded
-from training.loop import Run, main
+from training.loop import Run, main, warmed
 from training.place import HERE, Place, find_place
 from training.prompts import draw_instruction
 from training.rows import Row, interleave, merged
 from training.simulate import simulate
 from training.sources import SHARE_SEED, Feed, make_feed, warn_of_plain
-from training.text import is_spelled_out, written
+from training.text import is_spelled_out, spoken, written
 
 if TYPE_CHECKING:
     from training.data import Utterance
 
 FRAME_MS = FRAME_SAMPLES * 1000 // SAMPLE_RATE_HZ
 LONG_WORD_MS = 600  # a word that ends this much after a seam may have begun before it
+
+
+def read_sentences(path: Path) -> list[str]:
+    """The lines of a text whose words are all spelled out. Raises ConfigError where none is."""
+    lines = path.read_text().splitlines()
+    found = [line for line in lines if spoken(line) and is_spelled_out(line)]
+    if not found:
+        raise ConfigError(
+            f"none of the {len(lines)} lines of {path} can be read as it is spoken",
+            hint="a sentence a line, in ASCII, numbers and abbreviations spelled out",
+        )
+    return found
 
 
 class Trainer(Run):
@@ -55,7 +67,7 @@ class Trainer(Run):
         torch.manual_seed(cfg.seed)
         self.cfg, self.bridge = cfg, Bridge(cfg, bf16=place.bf16).to(place.device)
         self.ready(self.bridge.groups(cfg.lr, cfg.lr_llm))
-        self.sentences = Path(cfg.text).read_text().splitlines() if cfg.text else []
+        self.sentences = read_sentences(Path(cfg.text)) if cfg.text else []
 
     def weights(self) -> dict[str, Tensor]:
         return self.bridge.trained()
@@ -67,7 +79,7 @@ class Trainer(Run):
         return make_feed(self.cfg, self.cfg.seed + 17 * self.step + 1 + SHARE_SEED * share)
 
     def warm_up(self, group: int) -> float:
-        return min(1.0, (self.step + 1) / self.cfg.warmup)
+        return warmed(self.step + 1, self.cfg.warmup)
 
     @torch.no_grad()
     def listen(self, pcm: Tensor, chunk: int, ahead: int) -> tuple[Tensor, Tensor]:
@@ -230,8 +242,7 @@ class Trainer(Run):
             return self.sampler.texts(n_words)
         out: list[str] = []
         while sum(len(text.split()) for text in out) < n_words:
-            text = self.rng.choice(self.sentences)
-            out += [text] if is_spelled_out(text) else []
+            out.append(self.rng.choice(self.sentences))
         return out
 
     def pick_wait(self, ahead: int) -> int:

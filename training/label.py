@@ -66,16 +66,26 @@ def sureness(log_probs: Floats, text: str, pieces: CtcPieces) -> float:
 
 
 def label(
-    recordings: Sequence[Recording], ear: Path, pieces: CtcPieces, lexicon: Lexicon
+    recordings: Sequence[Recording],
+    ear: Path,
+    pieces: CtcPieces,
+    lexicon: Lexicon,
+    *,
+    is_any: bool = False,
 ) -> Iterator[Label]:
-    """Every recording with its PCM (S,) int16, what was read, and how sure that is."""
+    """Every recording with its PCM (S,) int16, what was read, and how sure that is.
+
+    In their order, since --resume goes on behind the last one; `is_any` as decode_all has it.
+    """
     encoder, head = load_ear(ear, pieces.size)
-    decoded = decode_all(recordings)
+    decoded = decode_all(recordings, is_any=is_any)
     while part := list(itertools.islice(decoded, HEARD_AT_ONCE)):
         pcm = [samples.astype(np.float32) / np.float32(32768) for _, samples in part]
-        for i, heard in posteriors(encoder, head, pcm, CHUNK_FRAMES, AHEAD_FRAMES):
-            text = read(heard.numpy(), lexicon)
-            yield *part[i], text, sureness(heard.numpy(), text, pieces)
+        of_part = dict(posteriors(encoder, head, pcm, CHUNK_FRAMES, AHEAD_FRAMES))
+        for i, one in enumerate(part):
+            heard = of_part.pop(i).numpy()
+            text = read(heard, lexicon)
+            yield *one, text, sureness(heard, text, pieces)
 
 
 def main() -> None:
@@ -93,11 +103,11 @@ def main() -> None:
     with reported():
         pieces = CtcPieces.load(args.pieces)
         lexicon = Lexicon.load(args.words, pieces)
-        todo = [one for source in args.sources for one in manifests.read(source)[1]]
+        todo = manifests.read_all(args.sources)
         with PackWriter(args.out, resume=args.resume) as writer:
             left = after(todo, writer.last_id)
-            found = label(left, args.ear, pieces, lexicon)
             n_done = len(todo) - len(left)
+            found = label(left, args.ear, pieces, lexicon, is_any=n_done > 0)
             bar = tqdm(found, "label", len(todo), initial=n_done, unit="clip", disable=None)
             for one, pcm, text, score in bar:
                 if score >= args.least:

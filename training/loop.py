@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -36,7 +38,13 @@ if TYPE_CHECKING:
     from training.sources import Feed
 
 LOWEST_RATE = 0.02  # of the peak, at the end
+MOST_BAD_STEPS = 10  # in a row, whose gradients are not finite
 SUMMED = ("audio_s", "rows")  # of a step's shares; other values are averaged
+
+
+def warmed(n_steps: float, warmup: int) -> float:
+    """Share of the peak rate after `n_steps`: it rises over `warmup` of them, with 0 at once."""
+    return min(1.0, max(0.0, n_steps / warmup)) if warmup > 0 else float(n_steps > 0)
 
 
 @contextmanager
@@ -73,6 +81,7 @@ class Run(ABC):
             )
         self.step, self.n_steps, self.ema = 0, steps, ema
         self.accumulate, self.place, self.is_stopped = accumulate, place, False
+        self.n_bad, self.n_bad_in_a_row = 0, 0  # steps that taught nothing
 
     def ready(self, groups: list[dict[str, Any]]) -> None:
         self.params = [p for group in groups for p in group["params"]]
@@ -112,7 +121,10 @@ class Run(ABC):
         self.rng, self.sampler, self.batches = feed.rng, feed.sampler, feed.batches
 
     def train_step(self) -> dict[str, float]:
-        """One update from all shares of a batch; what goes into the log."""
+        """One update from all shares of a batch; what goes into the log.
+
+        Raises ConfigError where gradients have not been finite for many steps.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, float] = {}
         for feed in self.feeds:
@@ -124,7 +136,7 @@ class Run(ABC):
         if self.place.n_processes > 1:
             total = self._exchange(total)
         row = {k: v if k in SUMMED else v / self.accumulate for k, v in total.items()}
-        return row | {"norm": self._update()}
+        return row | {"norm": self._update(), "bad_steps": self.n_bad}
 
     def _exchange(self, row: dict[str, float]) -> dict[str, float]:
         """Sums gradients, the values of `row` and the wish to stop over all processes."""
@@ -144,16 +156,34 @@ class Run(ABC):
         return dict(zip(row, heads[len(grads) + 1 :], strict=True))
 
     def _update(self) -> float:
-        """Clipping, one optimizer step, the moving average; returns the norm before clipping."""
+        """Clipping, one optimizer step, the moving average; returns the norm before clipping.
+
+        A norm that is not finite would destroy weights, average and then the checkpoint: such a
+        step changes nothing.
+        """
         learning = [p for p in self.params if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(learning, self.most_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(learning, self.most_norm))
+        if not math.isfinite(norm):
+            self.step += 1
+            self._count_bad()
+            return norm
+        self.n_bad_in_a_row = 0
         left = max(LOWEST_RATE, 1 - self.step / self.n_steps)
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = group["peak"] * self.warm_up(i) * left
         self.optimizer.step()
         self.step += 1
         self._follow()
-        return float(norm)
+        return norm
+
+    def _count_bad(self) -> None:
+        self.n_bad, self.n_bad_in_a_row = self.n_bad + 1, self.n_bad_in_a_row + 1
+        if self.n_bad_in_a_row >= MOST_BAD_STEPS:
+            raise ConfigError(
+                f"the gradients of {MOST_BAD_STEPS} steps in a row are not finite, up to step"
+                f" {self.step}",
+                hint="go on from last.pt with --resume and lower rates, or bf16 = false",
+            )
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -163,8 +193,15 @@ class Run(ABC):
         average = [self.average[key] for key in now]
         torch._foreach_lerp_(average, list(now.values()), 1 - decay)  # all in a launch or two
 
+    def stored(self) -> dict[str, Tensor]:
+        """What goes into `result`."""
+        return {k: v.cpu().contiguous() for k, v in self.average.items()}
+
     def save(self, work: Path) -> None:
-        """last.pt, replaced at once or not at all, and the averaged weights."""
+        """last.pt and the averaged weights, each replaced at once or not at all.
+
+        Raises ConfigError where they cannot be written.
+        """
         work.mkdir(parents=True, exist_ok=True)
         state = {
             "step": self.step,
@@ -172,10 +209,19 @@ class Run(ABC):
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, work / "last.tmp")
-        (work / "last.tmp").rename(work / "last.pt")
-        averaged = {k: v.cpu().contiguous() for k, v in self.average.items()}
-        save_file(averaged, work / self.result)
+        whole, result = work / "last.tmp", work / f"{self.result}.tmp"
+        try:
+            torch.save(state, whole)
+            save_file(self.stored(), result)
+            whole.replace(work / "last.pt")
+            result.replace(work / self.result)
+        except (OSError, RuntimeError, SafetensorError) as err:  # what both say of a full disk
+            whole.unlink(missing_ok=True)
+            result.unlink(missing_ok=True)
+            raise ConfigError(
+                f"cannot save in {work}: {' '.join(str(err).split())[:200]}",
+                hint="make room, then go on from what was saved before with --resume",
+            ) from err
 
     def resume(self, work: Path) -> None:
         state = torch.load(work / "last.pt", weights_only=True, map_location=self.place.device)

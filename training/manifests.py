@@ -9,13 +9,15 @@ without being installed: `*cuts*.jsonl[.gz]`, or `*recordings*.jsonl[.gz]` and
 one channel; paths that are not absolute are looked for from here, then from the manifest.
 
 Contract: what is wrong with a manifest is said with the number of the line, before any audio is
-read.
+read. A recording without an id is named after its path; `require_ids` sees to it that no two have
+the same, since what is done and what is poor is told by ids.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from sparqle_stream.config import SAMPLE_RATE_HZ
 from sparqle_stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -78,10 +80,32 @@ class Recording:
 Found = tuple[bytes, list[Recording]]
 
 
+def read_all(sources: Sequence[Path]) -> list[Recording]:
+    """The recordings of one or more manifests, each with an id of its own.
+
+    Raises ConfigError where there is no recording, and for an id that is there twice.
+    """
+    found = [one for source in sources for one in read(source)[1]]
+    require_ids(", ".join(map(str, sources)), found)
+    return found
+
+
+def require_ids(where: str, recordings: Sequence[Recording]) -> None:
+    """Raises ConfigError for no recordings, and for an id that two of them have."""
+    if not recordings:
+        raise ConfigError(f"there are no recordings in {where}", hint="one a line")
+    ((worst, n),) = Counter(one.id for one in recordings).most_common(1)
+    if n > 1:
+        raise ConfigError(
+            f"{where}: {n} recordings have the id {worst!r}",
+            hint='each needs its own "id"; manifests that share some are used one by one',
+        )
+
+
 def read(source: Path) -> Found:
     """The bytes and the recordings of a folder's manifest, or of a file: ours, or lhotse's cuts.
 
-    Raises ConfigError for a place without any.
+    Raises ConfigError for a place without a manifest.
     """
     if source.is_file():
         return _file(source)
@@ -117,7 +141,7 @@ def _recording(folder: Path, line_number: int, line: bytes) -> Recording:
         ) from err
     speaker, corpus = str(entry.get("speaker", "")), str(entry.get("corpus", ""))
     return Recording(
-        str(entry.get("id", path.stem)),
+        str(entry.get("id", _own_id(Path(entry["audio"])))),
         path,
         text,
         speaker,
@@ -125,6 +149,14 @@ def _recording(folder: Path, line_number: int, line: bytes) -> Recording:
         licence=str(entry.get("licence", "")),
         targets=_targets(entry),
     )
+
+
+def _own_id(audio: Path) -> str:
+    """'spk1/000' of spk1/000.wav; of a file elsewhere the last two parts: whose folder it is in is
+    nobody's business."""
+    whole = audio.with_suffix("")
+    is_elsewhere = audio.is_absolute() or ".." in audio.parts
+    return "/".join(whole.parts[-2:]) if is_elsewhere else whole.as_posix()
 
 
 def _targets(entry: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

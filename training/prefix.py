@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -43,7 +42,7 @@ from training import joint
 from training.bridge import load_config as load_joint
 from training.captions import CaptionsConfig, change, hear_captions
 from training.corpus import Pack
-from training.loop import Run, main
+from training.loop import Run, main, warmed
 from training.lora import LORA_SCALE, adapter_weights, lent, load_adapters
 from training.place import HERE, Place, find_place
 from training.settings import read_config
@@ -281,12 +280,11 @@ class Trainer(Run):
         load_into(self.prefix, part(weights, "text"))
         load_adapters(self.adapters, weights)
 
-    def save(self, work: Path) -> None:
-        """As every run; the averaged prefix as the engine reads it, with its vocabulary."""
-        super().save(work)
-        stored = {name: weight.cpu().contiguous() for name, weight in self.average.items()}
+    def stored(self) -> dict[str, Tensor]:
+        """The averaged prefix as the engine reads it, with its vocabulary."""
+        stored = super().stored()
         stored = {k: v if k == "text.bias" else v.bfloat16() for k, v in stored.items()}
-        save_file(stored | {"text.ids": self.ids.int()}, work / self.result)
+        return stored | {"text.ids": self.ids.int()}
 
     def make_feed(self, share: int) -> Feed:
         seed = self.cfg.seed + 1 + self.step + SHARE_SEED * share
@@ -294,7 +292,7 @@ class Trainer(Run):
         return Feed(random.Random(seed), no_audio, iter(()))
 
     def warm_up(self, group: int) -> float:
-        return min(1.0, (self.step + 1) / self.cfg.warmup)
+        return warmed(self.step + 1, self.cfg.warmup)
 
     def draw(self, n: int, rng: random.Random) -> list[int]:
         """n tokens of sentences that are drawn by the weights of their texts; the last is cut."""

@@ -29,11 +29,11 @@ FACTS = ("id", "text", "speaker", "corpus", "licence")
 
 
 def pack(args: argparse.Namespace) -> None:
-    found = [one for source in args.sources for one in manifests.read(source)[1]]
+    found = manifests.read_all(args.sources)
     with PackWriter(args.out, resume=args.resume) as writer:
         left = after(found, writer.last_id)
         bar = tqdm(left, "decode", len(found), initial=len(found) - len(left), unit="clip")
-        for one, pcm in decode_all(bar):
+        for one, pcm in decode_all(bar, is_any=len(left) < len(found)):
             facts = {key: getattr(one, key) for key in FACTS}
             writer.add(pcm, targets=dict(one.targets), **facts)
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import random
+import signal
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from sparqle_stream.errors import ConfigError
 from training.align import poor_ids
 from training.corpus import Pack
-from training.data import Augmenter, Batch, StreamSampler, side_by_side
+from training.data import Augmenter, Batch, StreamSampler, fits, side_by_side
 from training.text import is_plain, is_spelled_out
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LONGEST_CLIP_S = 20.0
+TOO_LONG = f"of {LONGEST_CLIP_S:.0f} s or more"
+NO_TEXT, NOT_SPELLED = "without a text", "with digits, dotted abbreviations or letters beyond ASCII"
+POOR = "marked as poor"
 PLAIN_SHARE = 0.5  # of a pack's transcripts, from which on it is told
 SHARE_SEED = 1_000_003  # apart from the seeds of neighbouring steps
 WORKER_SEED = 7_000_003
@@ -57,24 +63,79 @@ class Feed:
     batches: Iterator[Batch]
 
 
-def usable(clip: Clip) -> bool:
-    return clip.seconds < LONGEST_CLIP_S and is_spelled_out(clip.text)
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The clips of a source that may be drawn, and how many others may not, by reason."""
+
+    clips: list[Clip]
+    left_out: Counter[str]
+
+
+def _why_not(clip: Clip, poor: set[str]) -> str:
+    """Why nothing is learned from a clip's transcript; '' if something is."""
+    if clip.seconds >= LONGEST_CLIP_S:
+        return TOO_LONG
+    if not clip.text.strip():
+        return NO_TEXT
+    if not is_spelled_out(clip.text):
+        return NOT_SPELLED
+    return POOR if clip.id in poor else ""
 
 
 def clips_of(source: Source, pack: Pack) -> list[Clip]:
+    """`choose` without the reasons."""
+    return choose(source, pack).clips
+
+
+def choose(source: Source, pack: Pack) -> Choice:
     """What may be drawn. Raises ConfigError for `skip_poor` where nothing was aligned."""
     if not 0 < source.share <= 1:
         raise ConfigError(f"share = {source.share} of {source.pack}", hint="above 0, at most 1")
     n = max(1, round(len(pack.clips) * source.share))
     clips = [pack.clips[i * len(pack.clips) // n] for i in range(n)]
     if not source.transcribed:
-        return [replace(c, text="", targets={}) for c in clips]
+        return Choice([replace(c, text="", targets={}) for c in clips], Counter())
     poor = poor_ids(pack.folder) if source.skip_poor else set()
     if poor is None:
         raise ConfigError(
             f"skip_poor: {pack.folder} has no words.jsonl", hint="run python -m training.align"
         )
-    return [c for c in clips if usable(c) and c.id not in poor]
+    reasons = [_why_not(clip, poor) for clip in clips]
+    used = [clip for clip, why in zip(clips, reasons, strict=True) if not why]
+    return Choice(used, Counter(filter(None, reasons)))
+
+
+def _tell_of(choice: Choice, pack: Pack, longest_s: float) -> None:
+    """Says how many clips streams of `longest_s` have room for, and why others are not used.
+
+    Raises ConfigError where none is left.
+    """
+    n_used = sum(fits(clip, longest_s) for clip in choice.clips)
+    left_out = choice.left_out.copy()
+    n_short = sum(clip.seconds < 0.1 for clip in choice.clips)
+    left_out["shorter than 0.1 s"] = n_short
+    left_out[f"too long for a stream of {longest_s} s"] = len(choice.clips) - n_used - n_short
+    why = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common() if n)
+    if not n_used:
+        is_text = left_out.most_common(1)[0][0] in (NO_TEXT, NOT_SPELLED)
+        on_text = (
+            "spell numbers out, or say transcribed = false where training.distill needs no text"
+        )
+        raise ConfigError(
+            f"no clip of {pack.folder} can be used: {why}",
+            hint=on_text if is_text else "raise stream_s, cut the clips, or leave the pack out",
+        )
+    if get_worker_info() is None:  # once, not from each worker
+        _tell(f"{pack.folder}: {n_used} of {left_out.total() + n_used} clips are used", why)
+
+
+@cache
+def _tell(used: str, why: str) -> None:
+    """Once for all feeds of a run."""
+    if why:
+        logger.warning("%s; left out: %s", used, why)
+    else:
+        logger.info("%s", used)
 
 
 def warn_of_plain(sources: tuple[Source, ...]) -> None:
@@ -130,7 +191,8 @@ class Batches(IterableDataset[Batch]):
 
     def sampler(self, worker: int = 0) -> StreamSampler:
         cfg, seed = self.cfg, self.seed + WORKER_SEED * worker
-        return make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed, cfg.p_empty)
+        lengths = cfg.p_empty, cfg.lengths_s
+        return make_sampler(cfg.sources, cfg.noise, cfg.augment, cfg.stream_s, seed, *lengths)
 
     def drawn(self, sampler: StreamSampler) -> Iterator[Batch]:
         while True:
@@ -158,9 +220,18 @@ def make_feed(cfg: Draws, seed: int, *, with_clean: bool = False) -> Feed:
         num_workers=cfg.workers,
         collate_fn=_as_it_is,
         prefetch_factor=BATCHES_AHEAD,
+        worker_init_fn=_keep_working,
         pin_memory=torch.cuda.is_available(),
     )
     return Feed(random.Random(seed + 1), sampler, iter(loader))
+
+
+def _keep_working(worker: int) -> None:
+    """Ctrl-C and `timeout` signal a whole group of processes. The main one ends its step and saves,
+    for which it needs its workers; it ends them itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 @cache
@@ -182,11 +253,19 @@ def make_sampler(
     stream_s: float,
     seed: int,
     p_empty: float = 0.0,
+    lengths_s: tuple[float, ...] = (),
 ) -> StreamSampler:
+    """Streams of `sources`, of `stream_s` or `lengths_s` seconds.
+
+    Raises ConfigError for a source of which no clip can be used.
+    """
     rng = random.Random(seed)
+    longest_s = max((stream_s, *lengths_s))
     parts = []
     for source in sources:
         pack = Pack(Path(source.pack))
-        parts.append((pack, clips_of(source, pack), source.weight))
+        clips = choose(source, pack)
+        _tell_of(clips, pack, longest_s)
+        parts.append((pack, clips.clips, source.weight))
     augmenter = Augmenter(augment, Pack(Path(noise)) if noise else None, rng)
-    return StreamSampler(parts, augmenter, stream_s, p_empty)
+    return StreamSampler(parts, augmenter, stream_s, p_empty, lengths_s)

@@ -24,7 +24,7 @@ from sparqle_stream.qformer import QFormer
 from training import losses
 from training.data import AugmentConfig
 from training.hearing import LEFT_FRAMES, hear, load_ear, padded
-from training.loop import Run, main
+from training.loop import Run, main, warmed
 from training.place import HERE, Place, find_place
 from training.settings import read_config
 from training.sources import SHARE_SEED, Feed, Source, make_feed
@@ -208,15 +208,20 @@ class Trainer(Run):
         return make_feed(self.cfg, self.cfg.seed + 13 * self.step + 1 + SHARE_SEED * share)
 
     def warm_up(self, group: int) -> float:
-        return min(1.0, (self.step + 1) / self.cfg.warmup)
+        return warmed(self.step + 1, self.cfg.warmup)
+
+    def _names(self) -> list[str]:
+        """Of the losses that count."""
+        return [n for n in ("contrastive", "matching", "generation") if getattr(self.cfg, n)]
 
     def batch_loss(self) -> tuple[Tensor, dict[str, float]]:
         cfg, model, place, rng = self.cfg, self.model, self.place, self.rng
         batch = next(self.batches)
         known = batch.transcribed()
         texts = [spoken(" ".join(u.text for u in batch.said[i])) for i in known]
-        if not known:
-            return torch.zeros(()), {}
+        spelled = [model.pieces.encode(text) for text in texts]
+        if not any(spelled):  # of streams in which nothing is said there is nothing to learn
+            return torch.zeros(()), dict.fromkeys(self._names(), 0.0)
         chunk = rng.choice(cfg.chunks)
         with torch.no_grad():
             mel, offset = hear(batch.noisy[known], rng, cfg.augment, place.device)
@@ -224,7 +229,6 @@ class Trainer(Run):
             mel = padded(mel, ahead)
             frames = model.encoder.forward_train(mel, chunk, LEFT_FRAMES, offset, ahead)
         generator = torch.Generator().manual_seed(rng.getrandbits(32))
-        spelled = [model.pieces.encode(text) for text in texts]
         with place.autocast():
             answers = model.ask(frames, chunk)
             found = model.losses(answers, spelled, losses.same(texts, place.device), generator)

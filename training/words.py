@@ -20,6 +20,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from sparqle_stream.errors import ConfigError
 from sparqle_stream.pieces import CtcPieces
 from training.corpus import Pack
 from training.errors import reported
@@ -349,8 +350,12 @@ def main() -> None:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Reads, counts and writes what `args` name."""
+    """Reads, counts and writes what `args` name. Raises ConfigError for texts without words."""
     words, grams = count(read(args.text, args.packs, args.repeat, args.weight), args.size, args.low)
+    if not words:
+        raise ConfigError(
+            f"no word of the texts counts {args.low:g} or more", hint="give more text, or --low 1"
+        )
     spelled = spellings(words, CtcPieces.load(args.pieces)) if args.pieces else {}
     n_bytes = sum(a.nbytes for a in spelled.values()) + sum(len(word) + 7 for word in words)
     stored = spelled | estimate(words, grams, 1e6 * args.megabytes - n_bytes - 4096)

@@ -38,7 +38,7 @@ def test_a_folder_becomes_recordings(tmp_path):
     first, second = got.recordings
     assert (first.id, first.path, first.text) == ("a1", folder / "audio/a1.opus", "Hi.")
     assert (first.speaker, second.speaker) == ("s1", "")
-    assert second.id == "noise"
+    assert second.id == "b/noise"
     assert got.corpora == ["cv"]
 
 
@@ -116,19 +116,19 @@ def test_files_have_no_texts(tmp_path):
     assert [(r.id, r.text) for r in got.recordings] == [("x", ""), ("y", "")]
 
 
-def test_names_of_files_that_are_there_twice_become_paths(tmp_path):
-    """Others keep theirs; a part of the folder has the same ids as the whole."""
-    paths = ["a/1.wav", "b/1.wav", "b/2.wav"]
+def test_who_has_no_id_is_named_after_its_path(tmp_path):
+    """Names of files are there twice; a part of the folder has the same ids as the whole."""
+    paths = ["a/1.wav", "b/1.wav", "b/2.wav", f"{tmp_path}/c/3.wav"]
     write(tmp_path, [{"audio": path, "text": ""} for path in paths])
-    assert [r.id for r in manifests.read(tmp_path).recordings] == ["a/1", "b/1", "2"]
+    assert [r.id for r in manifests.read(tmp_path).recordings] == ["a/1", "b/1", "b/2", "c/3"]
     assert [r.id for r in manifests.read(tmp_path, limit=1).recordings] == ["a/1"]
 
 
 def test_an_id_that_was_given_twice_is_refused(tmp_path):
     write(tmp_path, [{"id": "x", "audio": f"{i}.wav", "text": ""} for i in range(2)])
-    with pytest.raises(ConfigError, match="has 2 recordings 'x'") as refused:
+    with pytest.raises(ConfigError, match="2 recordings have the id 'x'") as refused:
         manifests.read(tmp_path)
     assert str(tmp_path) in refused.value.message
     write(tmp_path, [{"audio": "1.wav", "text": ""}] * 3)
-    with pytest.raises(ConfigError, match="has 3 recordings '1'"):
+    with pytest.raises(ConfigError, match="3 recordings have the id '1'"):
         manifests.read(tmp_path)

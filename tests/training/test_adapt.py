@@ -335,3 +335,9 @@ def test_a_run_must_begin_with_something(pack, pieces, tmp_path):
     with pytest.raises(ConfigError, match="nothing to begin with") as err:
         Trainer.start(config(pack, pieces=str(tmp_path / "pieces.json")))
     assert "ear" in err.value.hint
+
+
+def test_a_warm_up_of_no_steps(pack, pieces):
+    trainer = make_trainer(config(pack, warmup=0), pieces)
+    trainer.train_step()
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.cfg.lr_head

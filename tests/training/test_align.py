@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparqle_stream.errors import ConfigError, ModelError
+from sparqle_stream.errors import AudioFormatError, ConfigError, ModelError
 from sparqle_stream.pieces import BLANK, greedy_path
 from training import align
 from training.align import BAD_ALIGNMENT, CTC_EARLY_FRAMES, align_words, viterbi, viterbi_rows
@@ -232,18 +232,65 @@ def test_a_wrong_option_leaves_what_was_aligned(spelled, monkeypatch, capsys):
     assert (folder / align.WORDS).read_text() == written
 
 
-def test_a_manifest_is_aligned_too(tmp_path):
-    """Transcripts and PCM of a folder with manifest.jsonl, nothing decoded before it is needed."""
+def write_wav(path, n):
     import wave
 
-    with wave.open(str(tmp_path / "a.wav"), "wb") as out:
+    with wave.open(str(path), "wb") as out:
         out.setnchannels(1)
         out.setsampwidth(2)
         out.setframerate(16_000)
-        out.writeframes(np.full(1600, 8192, np.int16).tobytes())
+        out.writeframes(np.full(n, 8192, np.int16).tobytes())
+
+
+def test_half_a_line_of_a_killed_run_is_dropped(spelled, monkeypatch, capsys):
+    folder, _ = spelled
+    whole = run_align(monkeypatch, folder)
+    lines = (folder / align.WORDS).read_text().splitlines()
+    (folder / align.WORDS).write_text(lines[0] + "\n" + lines[1][:15])
+    assert align.poor_ids(folder) == {row["id"] for row in [json.loads(lines[0])] if row["is_poor"]}
+    assert run_align(monkeypatch, folder, "--resume") == whole
+    (folder / align.WORDS).write_text(lines[0][:15] + "\n" + lines[1] + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        run_align(monkeypatch, folder, "--resume")
+    assert "error: line 1 of" in capsys.readouterr().err
+
+
+def test_a_damaged_file_leaves_the_others_their_transcripts(tmp_path, monkeypatch):
+    """Also where it is the first of those that are left, or of those that are heard at once."""
+    from training import hearing
+
+    def heard(encoder, head, pcm, chunk):
+        return ((i, torch.zeros(len(x), 1)) for i, x in enumerate(pcm))
+
+    monkeypatch.setattr(hearing, "posteriors", heard)
+    seen = []
+    monkeypatch.setattr(
+        align, "align_words", lambda x, text, _: seen.append((text, len(x))) or ([], -0.1)
+    )
+    monkeypatch.setattr(align, "HEARD_AT_ONCE", 2)
+    rows = [{"audio": f"{i}.wav", "text": str(1600 + i)} for i in range(5)]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(5):
+        write_wav(tmp_path / f"{i}.wav", 1600 + i)
+    for damaged in "12":
+        (tmp_path / f"{damaged}.wav").write_text("no sound")
+    todo, rest = align.transcripts(tmp_path), ((None, None), None, 0, -1.2)
+    names = [row["id"] for row in align.align(tmp_path, todo, *rest)]
+    assert names == ["0", "3", "4"]
+    assert seen == [(str(1600 + i), 1600 + i) for i in (0, 3, 4)]
+    with pytest.raises(AudioFormatError):
+        list(align.align(tmp_path, todo[1:], *rest))
+    left = align.align(tmp_path, todo[1:], *rest, is_any=True)
+    assert [row["id"] for row in left] == ["3", "4"]
+
+
+def test_a_manifest_is_aligned_too(tmp_path):
+    """Transcripts and PCM of a folder with manifest.jsonl, nothing decoded before it is needed."""
+    write_wav(tmp_path / "a.wav", 1600)
     rows = [{"id": "a", "audio": "a.wav", "text": "so"}, {"id": "b", "audio": "no", "text": ""}]
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     ((name, text, handle),) = align.transcripts(tmp_path)
     assert (name, text) == ("a", "so")
-    (pcm,) = align.recordings(tmp_path, [handle])
+    ((one, pcm),) = align.recordings(tmp_path, [(name, text, handle)])
+    assert one == (name, text, handle)
     np.testing.assert_array_equal(pcm, np.full(1600, 0.25, np.float32))

@@ -133,7 +133,9 @@ def test_what_is_left_begins_behind_the_last_clip(tmp_path):
     todo = recordings(tmp_path, ["a", "b", "a", "c"])
     assert [one.id for one in after(todo, "b")] == ["a", "c"]
     assert [one.id for one in after(todo, "a")] == ["c"]
-    assert list(after(todo, "")) == list(after(todo, "elsewhere")) == todo
+    assert list(after(todo, "")) == todo
+    with pytest.raises(ConfigError, match="ends with 'elsewhere'"):
+        after(todo, "elsewhere")
 
 
 def test_a_damaged_file_is_left_out_unless_it_is_the_first(tmp_path, caplog):
@@ -158,3 +160,16 @@ def test_a_file_that_is_no_sound_is_told(tmp_path):
     for name in ("a.wav", "none.wav"):
         with pytest.raises(AudioFormatError, match=rf"{name} cannot be decoded"):
             decode_file(tmp_path / name)
+
+
+def test_a_damaged_file_is_no_end_for_a_run_that_goes_on(tmp_path):
+    todo = recordings(tmp_path, ["b", "c"])
+    (tmp_path / "b.wav").write_text("no sound")
+    write_wav(tmp_path / "c.wav", np.ones((800, 1), np.int16), 16_000)
+    assert [one.id for one, _ in decode_all(todo, is_any=True)] == ["c"]
+
+
+def test_a_pack_without_audio_is_told(tmp_path):
+    write(tmp_path, [])
+    with pytest.raises(ConfigError, match="is empty"):
+        Pack(tmp_path)

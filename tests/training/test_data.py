@@ -66,10 +66,9 @@ def test_streams_hold_whole_clips_and_know_where_they_lie(pack):
 
 
 def test_every_clip_is_drawn_once_a_pass(pack):
-    made = sampler(pack)
+    queue = data.Queue(pack.clips, random.Random(0))
     for _ in range(4):
-        drawn = {made._next_clip()[1].id for _ in pack.clips}
-        assert drawn == {clip.id for clip in pack.clips}
+        assert sorted(queue.draw() for _ in pack.clips) == list(range(len(pack.clips)))
 
 
 def test_what_no_longer_fits_comes_again(tmp_path):
@@ -86,8 +85,61 @@ def test_what_no_longer_fits_comes_again(tmp_path):
 def test_weights_choose_the_source(pack, noise):
     augment = Augmenter(CLEAN, None, random.Random(0))
     made = StreamSampler([(pack, pack.clips, 3.0), (noise, noise.clips, 1.0)], augment, 60.0)
-    from_pack = sum(made._next_clip()[0] == 0 for _ in range(2000))
+    from_pack = sum(made._source(made.weights) == 0 for _ in range(2000))
     assert from_pack / 2000 == pytest.approx(0.75, abs=0.05)  # five standard deviations
+
+
+@pytest.mark.parametrize("lengths_s", [(), (2.0, 3.0)])
+def test_clips_that_are_too_long_do_not_hold_up_their_source(tmp_path, lengths_s):
+    """Once they were put back for ever: from the second pass on their source was never heard."""
+    mixed = write_pack(tmp_path / "mixed", [RATE_HZ] * 4 + [4 * RATE_HZ] * 6)
+    plain = write_pack(tmp_path / "plain", [RATE_HZ] * 5)
+    sources = [(one, one.clips, 0.5) for one in (mixed, plain)]
+    augment = Augmenter(CLEAN, None, random.Random(0))
+    made, seconds = StreamSampler(sources, augment, 3.0, 0.0, lengths_s), {"mixed": 0, "plain": 0}
+    for _ in range(200):
+        for said in (u for stream in made.batch(1, lengths_s) for u in stream.utterances):
+            seconds[said.clip_id.partition("-")[0]] += said.end - said.start
+    assert seconds["mixed"] / sum(seconds.values()) == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_clip_without_room_in_this_stream_does_not_end_the_pass(tmp_path):
+    """All that is left of the pass was tried: the next one begins, the long clip has its turn."""
+    mixed = write_pack(tmp_path / "mixed", [4 * RATE_HZ, RATE_HZ, RATE_HZ])
+    made = sampler(mixed, seconds=4.5)
+    (queue,) = made._queues_of(4.5)
+    queue._left = [0]
+    clip, _ = made._fitting([queue], 2 * RATE_HZ, 2)
+    assert clip.seconds == 1.0
+    queue.next_stream()
+    assert sorted(queue.draw() for _ in range(2)) == [0, 2 if clip is mixed.clips[1] else 1]
+
+
+def test_each_clip_is_heard_about_as_often_as_others(tmp_path):
+    mixed = write_pack(tmp_path / "mixed", [round(s * RATE_HZ) for s in (0.3, 0.5, 0.9, 1.8, 2.9)])
+    made, heard = sampler(mixed, seconds=3.0), dict.fromkeys((c.id for c in mixed.clips), 0)
+    for _ in range(150):
+        for said in made.stream().utterances:
+            heard[said.clip_id] += 1
+    assert min(heard.values()) > 0.6 * max(heard.values())
+
+
+def test_a_clip_as_long_as_the_stream_has_a_short_pause_before_it(tmp_path):
+    long = write_pack(tmp_path / "long", [round(2.94 * RATE_HZ)])
+    for stream in sampler(long, seconds=3.0).batch(5):
+        (said,) = stream.utterances
+        assert 800 <= said.start <= 0.06 * RATE_HZ
+
+
+def test_texts_are_those_of_sources_that_have_some(tmp_path, pack):
+    silent = write_pack(tmp_path / "silent", [RATE_HZ], text="")
+    untold = [replace(clip, text="") for clip in silent.clips]
+    augment = Augmenter(CLEAN, None, random.Random(0))
+    made = StreamSampler([(silent, untold, 9.0), (pack, pack.clips, 1.0)], augment, 3.0)
+    assert set(made.texts(40)) == {clip.text for clip in pack.clips}
+    nobody = StreamSampler([(silent, untold, 1.0)], augment, 3.0)
+    with pytest.raises(ConfigError, match="no source has a transcript"):  # it hung
+        nobody.texts(5)
 
 
 def test_the_same_seed_gives_the_same_batches(pack, noise):

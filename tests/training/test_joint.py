@@ -438,3 +438,13 @@ def test_a_pack_without_capitals_and_marks_is_told(tmp_path, caplog, texts, is_t
     warn_of_plain((source, Source(source.pack, transcribed=False)))
     said = [f"{source.pack}: 2 of 3 transcripts have no capitals"] if is_told else []
     assert [record.message[: len(said[0])] for record in caplog.records] == said
+
+
+def test_a_text_of_which_nothing_is_spelled_out_is_refused(tmp_path):
+    """Sentences were drawn until there was a good one: for ever."""
+    path = tmp_path / "text.txt"
+    path.write_text("In 1984.\nThe café.\n--\n\n")
+    with pytest.raises(ConfigError, match="none of the 4 lines"):
+        joint.read_sentences(path)
+    path.write_text("In 1984.\nSo it is.\n")
+    assert joint.read_sentences(path) == ["So it is."]

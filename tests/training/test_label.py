@@ -102,3 +102,31 @@ def test_a_pack_has_what_was_sure(run, tmp_path, capsys):
     assert [(clip.id, clip.text, clip.speaker) for clip in pack.clips] == [("0", "bad", "s0")]
     assert np.array_equal(pack.samples, np.arange(16_000) % 100)
     assert "1 of 3 recordings" in capsys.readouterr().out
+
+
+def test_labelling_goes_on_without_loss_where_it_was_killed(run, tmp_path, monkeypatch):
+    """Recordings are heard by their length and written in their order: the last one tells."""
+    heard_in_order, sureness, n_read = labels.posteriors, labels.sureness, []
+
+    def heard(*args):
+        return reversed(list(heard_in_order(*args)))
+
+    def killed(*args):
+        n_read.append(args)
+        if len(n_read) == 3:
+            raise KeyboardInterrupt
+        return sureness(*args)
+
+    monkeypatch.setattr(labels, "posteriors", heard)
+    monkeypatch.setattr(labels, "sureness", killed)
+    with pytest.raises(SystemExit, match="130"):
+        run("--least", "-99")
+    run("--least", "-99", "--resume")
+    assert [clip.id for clip in Pack(tmp_path / "out").clips] == ["0", "1"]
+
+
+def test_a_manifest_without_recordings_is_refused(run, tmp_path, capsys):
+    (tmp_path / manifests.MANIFEST).write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        run()
+    assert "error: there are no recordings in" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sparqle_stream.errors import ConfigError
@@ -190,3 +191,68 @@ def test_the_command_says_what_is_wrong_in_a_line(tmp_path, monkeypatch, capsys)
         loop.main("fit", None, lambda path, device: Trainer.start(load_config(path), device))
     assert exit_.value.code == 2
     assert capsys.readouterr().err.startswith("error: cannot read")
+
+
+class Broken(Fit):
+    """Its loss is infinite from one step to another."""
+
+    first, last = 3, 3
+
+    def batch_loss(self):
+        loss, row = super().batch_loss()
+        return loss * (float("inf") if self.first <= self.step < self.last else 1.0), row
+
+
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(tmp_path):
+    run = Broken(1)
+    run.last, kept = 4, []
+    train_step = run.train_step
+
+    def watched():
+        kept.append([{k: v.clone() for k, v in x.items()} for x in (run.weights(), run.average)])
+        return train_step()
+
+    run.train_step = watched
+    run.run(tmp_path, resume=False)
+    for before, after in zip(kept[3], kept[4], strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.isfinite().all() for p in [*run.params, *run.average.values()])
+    assert [row["bad_steps"] for row in curve(tmp_path)] == [0, 0, 0, 1, 1, 1]
+    assert run.step == STEPS
+
+
+def test_many_such_steps_in_a_row_end_the_run(tmp_path):
+    run = Broken(1)
+    run.run(tmp_path, resume=False)
+    saved = (tmp_path / "last.pt").read_bytes()
+    again = Broken(1)
+    again.n_steps, again.first, again.last = 99, STEPS, 99
+    with pytest.raises(ConfigError, match="10 steps in a row are not finite, up to step 16"):
+        again.run(tmp_path, resume=True)
+    assert (tmp_path / "last.pt").read_bytes() == saved
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_full_disk_is_one_line_and_leaves_what_was_saved(tmp_path, monkeypatch, is_late):
+    run = Fit(1)
+    run.run(tmp_path, resume=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    if is_late:
+        monkeypatch.setattr(loop, "save_file", full)
+    elif Path("/dev/full").exists():
+        (tmp_path / "last.tmp").symlink_to("/dev/full")
+    else:
+        pytest.skip("no /dev/full")
+    with pytest.raises(ConfigError, match="cannot save in") as told:
+        run.save(tmp_path)
+    assert "\n" not in told.value.message
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_rates_rise_to_their_peak():
+    assert [loop.warmed(n, 4) for n in (-1, 0, 1, 4, 9)] == [0.0, 0.0, 0.25, 1.0, 1.0]
+    assert [loop.warmed(n, 0) for n in (-1, 0, 1)] == [0.0, 0.0, 1.0]  # it was divided by

@@ -152,3 +152,15 @@ def test_the_answers_are_those_of_streaming(files):
 
 def test_shipped_configs_can_be_read():
     assert read_config(Stage1Config, CONFIGS / "stage1.toml").sources
+
+
+def test_streams_in_which_nothing_is_said_teach_nothing(files, monkeypatch):
+    """Not even what a mean over no text is, NaN; the values of the log are the same ones."""
+    run = Trainer(config(files, generation=0.0))
+    run.seed()
+    batch = next(run.batches)
+    batch.said = [[] for _ in batch.said]
+    monkeypatch.setattr(run, "batches", iter([batch]))
+    loss, row = run.batch_loss()
+    assert not loss.requires_grad
+    assert row == {"contrastive": 0.0, "matching": 0.0}

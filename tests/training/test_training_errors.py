@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from sparqle_stream.errors import ConfigError
@@ -14,9 +16,10 @@ from training.errors import reported
     [
         (ConfigError("no such step", "try another"), 2, "error: no such step\nhint: try another\n"),
         (FileNotFoundError(2, "No such file or directory", "x"), 2, "error: x: No such file"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device"),
         (KeyboardInterrupt(), 130, ""),
     ],
-    ids=["config", "file", "ctrl-c"],
+    ids=["config", "file", "full", "ctrl-c"],
 )
 def test_the_status_tells_who_has_to_act(capsys, raised, status, said):
     with pytest.raises(SystemExit) as left, reported():

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
+from sparqle_stream.errors import ConfigError
 from training import prepare
-from training.corpus import Pack
-from training.manifests import read
+from training.corpus import Pack, PackWriter
+from training.manifests import read, read_all
 
 # What lhotse 1.33 wrote for `MonoCut.to_dict` of a second half of a recording, but for the paths.
 CUT = {
@@ -118,3 +119,47 @@ def test_lhotse_writes_what_is_read(tmp_path, ramp):
     assert (one.text, one.speaker, one.start_s, one.seconds) == ("half of it", "s7", 0.5, 0.25)
     assert one.targets == (("translate to de", "die Hälfte"),)
     np.testing.assert_array_equal(np.rint(one.pcm() * 32768), ramp[8000:12000])
+
+
+def lines(folder, *rows):
+    text = "".join(json.dumps({"text": ""} | row) + "\n" for row in rows)
+    (folder / "manifest.jsonl").write_text(text)
+
+
+def test_recordings_without_ids_have_those_of_their_paths(tmp_path):
+    """Names of files are there twice, and ids tell what was done: clips were lost and doubled."""
+    lines(tmp_path, {"audio": "spk1/000.wav"}, {"audio": "spk2/000.wav"}, {"audio": "./a", "id": 7})
+    assert [one.id for one in read_all([tmp_path])] == ["spk1/000", "spk2/000", "7"]
+
+
+def test_an_id_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    lines(tmp_path, {"audio": "1.wav", "id": "x"}, {"audio": "2.wav", "id": "x"})
+    lines(tmp_path / "a", {"audio": "1.wav"})
+    lines(tmp_path / "b", {"audio": "1.wav"})
+    with pytest.raises(ConfigError, match="2 recordings have the id 'x'"):
+        read_all([tmp_path])
+    with pytest.raises(ConfigError, match="2 recordings have the id '1'"):
+        read_all([tmp_path / "a", tmp_path / "b"])
+
+
+def test_an_empty_manifest_makes_no_pack(tmp_path, monkeypatch, capsys):
+    lines(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        pack(monkeypatch, tmp_path / "pack", tmp_path)
+    assert "error: there are no recordings in" in capsys.readouterr().err
+    assert not (tmp_path / "pack").exists()
+
+
+def test_packing_goes_on_with_a_damaged_file(tmp_path, ramp, monkeypatch, caplog):
+    lines(tmp_path, {"audio": "one.wav"}, {"audio": "bad.wav"}, {"audio": "two.wav"})
+    (tmp_path / "bad.wav").write_text("no sound")
+    write_wav(tmp_path / "two.wav", ramp[:9])
+    facts = {"text": "", "speaker": "", "corpus": "", "licence": ""}
+    writer = PackWriter(tmp_path / "pack")
+    writer.add(ramp, id="one", **facts)
+    writer.__exit__(KeyboardInterrupt)
+    made = pack(monkeypatch, tmp_path / "pack", tmp_path, "--resume")
+    assert [clip.id for clip in made.clips] == ["one", "two"]
+    assert "left out: " in caplog.text

@@ -202,3 +202,15 @@ def test_a_damaged_file_is_a_clear_error(tmp_path):
     (tmp_path / "words.safetensors").write_bytes(b"abc")
     with pytest.raises(ModelError, match="cannot read"):
         Lexicon.load(tmp_path / "words.safetensors", testing.tiny_pieces())
+
+
+@pytest.mark.parametrize("said", ["", "each word once\n", "12 34\n12 34\n"])
+def test_texts_without_a_word_that_counts_are_refused(tmp_path, monkeypatch, capsys, said):
+    """They gave a lexicon of NaN."""
+    (tmp_path / "text.txt").write_text(said)
+    argv = ["words", str(tmp_path / "words.safetensors"), str(tmp_path / "text.txt")]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "error: no word of the texts counts 2 or more" in capsys.readouterr().err
+    assert not (tmp_path / "words.safetensors").exists()

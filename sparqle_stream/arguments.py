@@ -127,6 +127,25 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
+AFTERWORD = (
+    """
+## Exit status
+
+0: all is done. 1: one of several files failed, or a bug (with its traceback). 2: an error that you
+can mend (`error:` and `hint:` on standard error). 130: after Ctrl-C, with what was heard until
+then. 141: whoever read the output went away.
+
+## Files of `json` and `jsonl`
+
+An object for each recording, in `json` indented, in `jsonl` on a line: `file`, `duration` (s),
+`text`, `words` (each `word`, `start`, `end`, `emitted`: s), `segments` (each `start`, `end`,
+`text`), `compute_seconds`, `rtf`. Live (`--mic`) the formats are txt, jsonl, srt and vtt, and jsonl
+is every final event as it goes over the wire ([protocol.md](protocol.md)), at once.
+""".splitlines()
+    + [""]
+)
+
+
 def parser_for(command: str) -> Parser:
     """The parser of one command; '' is `transcribe` as it looks without the command word."""
     build = _BUILDERS[command or "transcribe"]
@@ -153,7 +172,7 @@ def markdown() -> str:
     lines += ["", "## Environment variables", "", "| variable | meaning |", "|---|---|"]
     lines += [f"| `{variable(d)}` | `--{d.replace('_', '-')}` |" for d in FROM_ENVIRONMENT]
     lines += [f"| `{name}` | {what} |" for name, what in OTHER_VARIABLES.items()]
-    lines += ["| `NO_COLOR` | no colours in the live view |", ""]
+    lines += ["| `NO_COLOR` | no colours in the live view |", *AFTERWORD]
     return "\n".join(lines)
 
 
@@ -186,8 +205,8 @@ def _recognition(parser: Parser, *, is_remote: bool = False) -> None:
         type=int,
         default=default(cfg.chunk_ms),
         metavar="MS",
-        help="audio per step in ms, a multiple of 80 from 80 to 1280; shorter is sooner, longer"
-        f" is cheaper and more accurate (default {rest})",
+        help="audio per step in ms, a multiple of 80 from 80 to 1280; shorter is sooner, and"
+        f" costs computing and accuracy; longer wins neither (default {rest})",
     )
     add(
         "--delay-ms",
@@ -351,7 +370,9 @@ def _output(parser: Parser) -> None:
         "--output",
         default=None,
         metavar="PATH",
-        help="file to write; a folder when there are several files (default: standard output)",
+        type=lambda path: None if path == "-" else path,
+        help="file to write; a folder when there are several files (default, and -: standard"
+        " output)",
     )
 
 

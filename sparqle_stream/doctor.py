@@ -7,6 +7,7 @@ error. 'fail' is what keeps captions from working at all; 'note' is what some co
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import threading
@@ -55,16 +56,24 @@ class Finding:
     hint: str = ""
 
 
-def examine(model: str, llm: str | None, compute: str) -> list[Finding]:
-    """All findings, in the order in which a person wants them."""
+def examine(
+    model: str, llm: str | None, compute: str, backend: str = "auto", dtype: str = "auto"
+) -> list[Finding]:
+    """All findings, in the order in which a person wants them. Raises ConfigError for options that
+    do not go together."""
+    from sparqle_stream import models
+
+    is_random = model == models.RANDOM_TINY
+    backend, dtype = models.choose(backend, dtype, compute, is_random=is_random)
     return [
         *_python(),
         *_packages(),
         *_torch(),
         *_cuda(is_wanted=compute == "cuda"),
-        _backend(compute),
+        _backend(backend, dtype),
         *_audio(),
         *_model_files(model, llm),
+        *(_graphs(model, llm, dtype) if backend == "onnx" else ()),
         *_self_test(compute),
     ]
 
@@ -143,11 +152,15 @@ def _cuda(*, is_wanted: bool) -> list[Finding]:
     return findings
 
 
-def _backend(compute: str) -> Finding:
-    """What computes captions where nothing else is asked for."""
-    from sparqle_stream import models
-
-    backend, dtype = models.choose("auto", "auto", compute)
+def _backend(backend: str, dtype: str) -> Finding:
+    """What computes captions, as the options say."""
+    if backend == "onnx":
+        try:
+            import onnxruntime  # noqa: F401
+        except Exception as err:  # noqa: BLE001 - a library of the system that is missing, or too old
+            detail = f"onnxruntime cannot be loaded: {type(err).__name__}: {err}"
+            hint = "pip install --force-reinstall onnxruntime, or use --backend torch"
+            return Finding("backend", "fail", detail, hint)
     what = {
         "onnx": "ONNX Runtime: graphs made from the weights once, without torch afterwards",
         "torch": "torch, with the kernels below",
@@ -194,6 +207,28 @@ def _model_files(model: str, llm: str | None) -> list[Finding]:
             detail = f"{info.where}, {info.n_bytes / 1e6:.1f} MB, hashes as pinned"
             findings.append(Finding(f"model {info.name}", "ok", detail))
     return findings
+
+
+def _graphs(model: str, llm: str | None, dtype: str) -> list[Finding]:
+    """Whether what is made from the weights at the first start is there, or can be made."""
+    from sparqle_stream import models
+    from sparqle_stream.onnx_cpu.model import lacking
+
+    try:
+        folder = models.graphs_folder(model, llm, dtype)
+    except SparqleError:
+        return []  # a folder of graphs, or a model that was found missing above
+    if not (name := lacking(folder)):
+        return [Finding("graphs", "ok", f"{folder}")]
+    place = next(p for p in folder.parents if p.exists())
+    if not os.access(place, os.W_OK):
+        hint = "point SPARQLE_HOME at a folder of yours, or use --backend torch"
+        return [Finding("graphs", "fail", f"not made yet, and {place} cannot be written", hint)]
+    if folder.exists():
+        return [
+            Finding("graphs", "note", f"{folder} has no {name}: the next start makes them anew")
+        ]
+    return [Finding("graphs", "note", f"the first start makes them, in {folder.parent}")]
 
 
 def _unpinned(topic: str, find: Callable[[], object]) -> Finding:

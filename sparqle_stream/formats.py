@@ -367,7 +367,8 @@ def open_writer(kind: str, out: TextIO, name: str, *, is_live: bool = False) -> 
 
 def format_of(output: str | None, asked: str | None, allowed: Sequence[str]) -> str:
     """The format: as asked for, else by the suffix of `output`, else txt. Raises ConfigError."""
-    suffix = Path(output).suffix.removeprefix(".").lower() if output else ""
+    is_folder = output is not None and (output.endswith(("/", "\\")) or Path(output).is_dir())
+    suffix = Path(output).suffix.removeprefix(".").lower() if output and not is_folder else ""
     kind = asked or suffix or "txt"
     if kind not in allowed:
         raise ConfigError(

@@ -9,6 +9,7 @@ the torch modules, and kept in the cache folder: from then on torch is not impor
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from contextlib import suppress
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from sparqle_stream import artifacts
 from sparqle_stream.artifacts import list_models, path, pull, verify
 from sparqle_stream.config import BACKENDS, DTYPES
+from sparqle_stream.config_json import read_json
 from sparqle_stream.errors import ConfigError, ModelError
 from sparqle_stream.onnx_cpu.settings import DEFAULT_DTYPE, FORMAT, INDEX
 from sparqle_stream.onnx_cpu.settings import DTYPES as ONNX_DTYPES
@@ -25,6 +27,7 @@ from sparqle_stream.onnx_cpu.settings import DTYPES as ONNX_DTYPES
 if TYPE_CHECKING:
     from sparqle_stream.config import ModelConfig
     from sparqle_stream.lexicon import Lexicon
+    from sparqle_stream.onnx_cpu.model import OnnxModel
     from sparqle_stream.pieces import CtcPieces
     from sparqle_stream.stages import Stages, Tokenizer
     from sparqle_stream.torch_model import SparqleModel
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Model", "list_models", "load", "path", "pull", "verify"]
 
 RANDOM_TINY = "random:tiny"
+log = logging.getLogger(__name__)
 TORCH_DTYPES = ("float32", "bfloat16")
 UNUSED_DAYS = 30  # graphs (240 MB) that nothing ran from for so long make room for new ones
 
@@ -75,7 +79,7 @@ def load(
     kernel. Raises ConfigError for what does not go together, ModelError for files that are
     missing or wrong.
     """
-    is_random = str(name_or_path) == RANDOM_TINY
+    is_random, asked = str(name_or_path) == RANDOM_TINY, dtype
     backend, dtype = choose(backend, dtype, device, is_random=is_random)
     if backend == "torch":
         loaded = _load_torch(name_or_path, llm, dtype, device)
@@ -83,9 +87,16 @@ def load(
         return loaded
     from sparqle_stream.onnx_cpu import model
 
-    if (Path(name_or_path) / INDEX).is_file():
-        return model.load(Path(name_or_path))
-    return model.load(_graphs(name_or_path, llm, dtype))
+    folder = Path(name_or_path)
+    if not (folder / INDEX).is_file():
+        return _load_graphs(name_or_path, llm, dtype)
+    own = read_json(folder / INDEX).get("dtype")
+    if llm is not None or asked not in ("auto", own):
+        raise ConfigError(
+            f"the graphs in {folder} have an LLM and a dtype ({own}) of their own",
+            hint="leave --llm and --dtype out, or give the folder that they were made from",
+        )
+    return model.load(folder)
 
 
 def choose(backend: str, dtype: str, device: str, *, is_random: bool = False) -> tuple[str, str]:
@@ -140,30 +151,51 @@ def write_graphs(
     export(model, out, dtype, words if words.is_file() else None)
 
 
-def _graphs(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> Path:
-    """The folder of a model's graphs in the cache; they are made where they are missing."""
+def graphs_folder(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> Path:
+    """Where a model's graphs are in the cache, or will be. Raises ModelError without the model."""
     folder = artifacts.model_folder(name_or_path)
     source = artifacts.llm_source(llm or artifacts.DEFAULT_LLM)
     key = f"{artifacts.hash_of(folder, source)}-{dtype}-{FORMAT}"
-    out = artifacts.cache_dir() / "graphs" / key
-    if (out / INDEX).is_file():
+    return artifacts.cache_dir() / "graphs" / key
+
+
+def _load_graphs(name_or_path: str | Path, llm: str | Path | None, dtype: str) -> OnnxModel:
+    """From the cache; they are made where they are missing or damaged."""
+    from sparqle_stream.onnx_cpu import model
+
+    out = graphs_folder(name_or_path, llm, dtype)
+    if (loaded := _cached(out)) is not None:
         with suppress(OSError):  # of somebody else, or on a disk that cannot be written
             (out / INDEX).touch()
-        return out
+        return loaded
     from filelock import FileLock
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.parent / ".lock"):  # two processes may want them at once
-            if not (out / INDEX).is_file():
+            if (loaded := _cached(out)) is None:
                 _make_room(out.parent)
                 write_graphs(name_or_path, llm, out, dtype)
+                loaded = model.load(out)
     except OSError as err:
         raise ModelError(
             f"cannot write the model's graphs to {out.parent}: {err}",
             hint="make room there, point SPARQLE_HOME elsewhere, or use --backend torch",
         ) from err
-    return out
+    return loaded
+
+
+def _cached(out: Path) -> OnnxModel | None:
+    """The graphs of a folder; None where there are none, or what is there is damaged."""
+    from sparqle_stream.onnx_cpu import model
+
+    if not (out / INDEX).is_file():
+        return None
+    try:
+        return model.load(out)
+    except ModelError as err:
+        log.warning("%s; made anew", err.message)
+        return None
 
 
 def _make_room(graphs: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sparqle_stream import client, messages
@@ -81,6 +82,8 @@ class RemoteStream:
         try:
             for event in client.stream_sync(url, self._blocks(), options=options, api_key=api_key):
                 last = event
+                if isinstance(event, messages.Error) and event.code == "internal":
+                    event = replace(event, code="server")  # a bug, but none of this process
                 self._tell(event)
         except SparqleError as err:
             self._tell(messages.Error(err.code, err.message, err.hint, time=0.0))

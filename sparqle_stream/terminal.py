@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from sparqle_stream import messages
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from rich.console import Console, RenderableType
@@ -83,6 +84,7 @@ class LiveView:
         self._note = ""
         self._last_end = 0.0
         self._drawn_at = 0.0
+        self._is_gone = False
         self._live = Live(
             console=console,
             auto_refresh=False,  # a thread of rich's would draw while we change the text
@@ -98,9 +100,18 @@ class LiveView:
 
     def __exit__(self, *exc: object) -> None:
         self._tail = ""
-        self._live.update("", refresh=True)
-        self._live.stop()
+        with self._if_there():
+            self._live.update("", refresh=True)
+            self._live.stop()
         self._end_row()
+
+    @contextlib.contextmanager
+    def _if_there(self) -> Iterator[None]:
+        """Whoever closes the terminal's window must not lose what goes into a file."""
+        try:
+            yield
+        except OSError:
+            self._is_gone = True
 
     def event(self, event: Event) -> None:
         match event:
@@ -149,11 +160,15 @@ class LiveView:
         self._row = ""
 
     def _print(self, text: str, style: str | None = None) -> None:
-        self._console.print(text, style=style, markup=False, highlight=False, emoji=False)
+        if not self._is_gone:
+            with self._if_there():
+                self._console.print(text, style=style, markup=False, highlight=False, emoji=False)
 
     def _draw(self) -> None:
         self._drawn_at = time.monotonic()
-        self._live.update(self._renderable(), refresh=True)
+        if not self._is_gone:
+            with self._if_there():
+                self._live.update(self._renderable(), refresh=True)
 
     def _renderable(self) -> RenderableType:
         from rich.console import Group
@@ -252,7 +267,8 @@ class Keys:
         if self._saved is not None:
             import termios
 
-            termios.tcsetattr(self._stdin.fileno(), termios.TCSADRAIN, self._saved)
+            with contextlib.suppress(OSError, termios.error):  # the terminal is gone
+                termios.tcsetattr(self._stdin.fileno(), termios.TCSADRAIN, self._saved)
             self._saved = None
 
     def pressed(self) -> str:
@@ -261,9 +277,10 @@ class Keys:
             return ""
         fd = self._stdin.fileno()
         keys = b""
-        while select.select([fd], [], [], 0)[0]:
-            data = os.read(fd, 64)
-            if not data:
-                break
-            keys += data
+        with contextlib.suppress(OSError):  # the terminal is gone
+            while select.select([fd], [], [], 0)[0]:
+                data = os.read(fd, 64)
+                if not data:
+                    break
+                keys += data
         return keys.decode(errors="ignore")

@@ -7,6 +7,7 @@ Ctrl-C captions what was read so far, writes it, and then interrupts.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -146,14 +147,16 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._progress.stop()
 
     def start(self, name: str, total_s: float | None) -> None:
         self._heard_s = 0.0
         if self._progress is not None:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(name, total=total_s)
+            with contextlib.suppress(OSError):
+                if self._task is not None:
+                    self._progress.remove_task(self._task)
+                self._task = self._progress.add_task(name, total=total_s)
 
     def heard(self, pcm: audio.Pcm) -> None:
         """pcm (S,) was taken from the source."""
@@ -166,4 +169,5 @@ class ProgressBar:
 
     def _show(self, done_s: float) -> None:
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=max(0.0, done_s))
+            with contextlib.suppress(OSError):
+                self._progress.update(self._task, completed=max(0.0, done_s))

@@ -276,6 +276,13 @@ def test_leftovers_of_a_killed_pull_are_cleared(home, published):
     assert not left.exists()
 
 
+def test_what_is_whole_is_pulled_where_nothing_can_be_written(home, published, monkeypatch):
+    """As in an image whose start script pulls each time."""
+    artifacts.pull(artifacts.DEFAULT_LLM)
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda *_, **__: 1 / 0)
+    assert artifacts.pull(artifacts.DEFAULT_LLM) == artifacts.path(artifacts.DEFAULT_LLM)
+
+
 def test_two_processes_at_once(home, published):
     """Both end well, one of them does the work; the lock is the operating system's."""
     pinned = stand_in(published)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib import metadata
 
@@ -160,3 +161,37 @@ def test_without_torch_everything_else_is_still_told(monkeypatch):
     failed = [finding.topic for finding in findings if finding.status == "fail"]
     assert failed == ["torch", "self-test"]
     assert about(findings, "microphone")[0].status == "ok"
+
+
+def test_an_onnxruntime_that_cannot_be_loaded_is_found(monkeypatch):
+    """`captions will work here`, it said: only torch was tried."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    finding = doctor._backend("onnx", "int8")
+    assert (finding.status, "onnxruntime cannot be loaded" in finding.detail) == ("fail", True)
+    assert doctor._backend("torch", "float32").status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [("none", "note"), ("whole", "ok"), ("damaged", "note"), ("sealed", "fail")],
+)
+def test_graphs_are_there_or_can_be_made(monkeypatch, tmp_path, state, status):
+    folder = tmp_path / "graphs" / "key"
+    monkeypatch.setattr(models, "graphs_folder", lambda *_: folder)
+    if state in ("whole", "damaged"):
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(
+            "sparqle_stream.onnx_cpu.model.lacking", lambda _: "llm.data" * (state == "damaged")
+        )
+    if state == "sealed":
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    (finding,) = doctor._graphs("sparqle-base-en", None, "int8")
+    assert finding.status == status
+
+
+@pytest.mark.parametrize(
+    "options", [["--dtype", "bfloat16", "--backend", "onnx"], ["--threads", "-5"]]
+)
+def test_options_that_captions_would_refuse_are_refused(options, capsys):
+    assert cli.main(["doctor", *options], {}) == 2
+    assert "error:" in capsys.readouterr().err

@@ -248,6 +248,13 @@ def test_timestamps_round_without_a_sixtieth_second(seconds, expected):
     assert re.fullmatch(r"\d\d:[0-5]\d:[0-5]\d,\d{3}", formats.timestamp(seconds, ","))
 
 
+def test_a_folder_has_no_suffix(tmp_path):
+    (tmp_path / "2026.07.18").mkdir()
+    kinds = ("txt", "srt")
+    assert formats.format_of(str(tmp_path / "2026.07.18"), None, kinds) == "txt"
+    assert formats.format_of("captions.srt/", None, kinds) == "txt"
+
+
 def test_the_format_is_asked_for_or_told_by_the_suffix():
     every = ("txt", "json", "srt")
     assert formats.format_of(None, None, every) == "txt"

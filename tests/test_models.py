@@ -318,6 +318,29 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(written, tmp_path, monke
     assert "SPARQLE_HOME" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["vocabulary.data", "stop.npy", "tokenizer.json"])
+def test_graphs_that_were_damaged_are_made_anew(written, tmp_path, monkeypatch, caplog, name):
+    """Nothing but deleting them helped, and the hint was to export what nobody had exported."""
+    monkeypatch.setenv("SPARQLE_HOME", str(tmp_path))
+    made = models.load(written[0], llm=written[1]).folder
+    (made / name).write_bytes(b"")
+    again = models.load(written[0], llm=written[1])
+    if name == "vocabulary.data":  # loaded when somebody asks for it: only whether it is there
+        (made / name).unlink()
+        again = models.load(written[0], llm=written[1])
+    assert (again.folder / name).stat().st_size
+    assert "made anew" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"llm": "x"}, {"dtype": "float32"}])
+def test_graphs_of_ones_own_have_what_they_were_made_with(written, tmp_path, monkeypatch, options):
+    monkeypatch.setenv("SPARQLE_HOME", str(tmp_path))
+    own = models.load(written[0], llm=written[1]).folder
+    assert models.load(own, dtype="int8").folder == own
+    with pytest.raises(ConfigError, match="of their own"):
+        models.load(own, **options)
+
+
 def test_graphs_that_nobody_uses_make_room_for_new_ones(written, tmp_path, monkeypatch):
     """Every new model is 240 MB of them; what a killed process left goes too."""
     monkeypatch.setenv("SPARQLE_HOME", str(tmp_path))

@@ -89,6 +89,16 @@ def test_a_server_that_falls_silent_is_an_error(monkeypatch):
     assert (error.code, error.message) == ("connection", "the server stopped talking")
 
 
+def test_a_bug_of_the_server_is_none_of_ours(monkeypatch):
+    """`internal` ended the client with a traceback, and the files after it were not tried."""
+    error = messages.Error("internal", "a bug", "connect again", 1.0)
+    monkeypatch.setattr(client, "stream_sync", lambda *args, **kwargs: iter([error]))
+    told = queue.SimpleQueue()
+    RemoteStream("ws://127.0.0.1:9", told.put, {})
+    (heard,) = events_until_the_end(told)
+    assert (heard.code, heard.message, heard.hint) == ("server", "a bug", "connect again")
+
+
 def test_a_wrong_address_is_told_at_once():
     with pytest.raises(ConfigError, match="not the address of a server"):
         RemoteStream("ftp://nowhere", print, {})

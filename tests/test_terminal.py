@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import pty
 import re
 import termios
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -198,3 +200,26 @@ def test_without_a_terminal_there_are_no_keys():
     for nothing in (io.StringIO(), None):  # None: stdin was closed by the shell
         with terminal.Keys(nothing) as keys:
             assert keys.pressed() == ""
+
+
+def test_a_window_that_was_closed_costs_no_captions(out, view, monkeypatch):
+    """The view raised, and what goes into a file ended with it."""
+
+    def gone(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with view:
+        view.event(final(" one two"))
+        monkeypatch.setattr(view._console, "file", SimpleNamespace(write=gone, flush=gone))
+        for i in range(3):
+            view.event(final(" three four five six seven eight nine ten", 3.0 * i, i))
+            view.status(-30.0, "")
+            view.notice("told to nobody")
+
+
+def test_keys_of_a_window_that_was_closed_are_no_error():
+    ours, theirs = pty.openpty()
+    with open(theirs) as stdin, terminal.Keys(stdin) as keys:
+        assert keys._saved
+        os.close(ours)
+        assert keys.pressed() == ""

@@ -108,25 +108,27 @@ class OnnxModel:
         return KINDS[kinds[name]]
 
 
+def lacking(folder: Path) -> str:
+    """The first file that a folder of graphs should have and has not; ''."""
+    files = (INDEX, *FILES, *(PLAIN_FILES if (folder / "text.npz").is_file() else ()))
+    return next((name for name in files if not (folder / name).is_file()), "")
+
+
 def load(folder: Path, tokenizer: Tokenizer | None = None) -> OnnxModel:
     """A folder that `export` wrote.
 
     Raises ModelError for a folder of another version, or with something missing.
     """
-    raw = read_json(folder / INDEX)
-    text = folder / "text.npz"
-    files = (*FILES, *(PLAIN_FILES if text.is_file() else ()))
-    if lacking := [name for name in files if not (folder / name).is_file()]:
-        raise ModelError(f"{folder} has no {lacking[0]}", hint="export the model anew")
+    raw, text = read_json(folder / INDEX), folder / "text.npz"
+    if name := lacking(folder):
+        raise ModelError(f"{folder} has no {name}", hint="export the model anew")
     if raw.get("format") != FORMAT:
         raise ModelError(
             f"{folder} has format {raw.get('format')}, not {FORMAT}",
             hint="export the model anew with this version",
         )
-    if lacking := [name for name in FIELDS if name not in raw]:
-        raise ModelError(
-            f"{folder / INDEX} does not say {lacking[0]}", hint="export the model anew"
-        )
+    if unsaid := [name for name in FIELDS if name not in raw]:
+        raise ModelError(f"{folder / INDEX} does not say {unsaid[0]}", hint="export the model anew")
     cfg: ModelConfig = config_from_json(ModelConfig, raw["config"], folder / INDEX)
     pieces, words = CtcPieces.load(folder / "pieces.json"), folder / "words.safetensors"
     tokens = _mapped(folder / "tokens.npy")
@@ -165,12 +167,12 @@ def _prefix(path: Path) -> TextPrefix:
         with np.load(path) as stored:
             kv = {name: stored[name] for name in stored.files if name != "bias"}
             return TextPrefix(kv, stored["bias"])
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, EOFError) as err:
         raise ModelError(f"cannot read {path}: {err}", hint="export the model anew") from err
 
 
 def _mapped(path: Path) -> Any:  # noqa: ANN401 - numpy.memmap
     try:
         return np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, EOFError) as err:
         raise ModelError(f"cannot read {path}: {err}", hint="export the model anew") from err

@@ -216,6 +216,9 @@ def test_addresses(given, expected):
 
 
 def test_fields_of_the_address_and_options_are_joined():
+    # What others send, as in a URL of the documentation, is not what this client sends.
+    others = "ws://h/v1/stream?sample_rate=8000&format=s16le&channels=2"
+    assert client.stream_url(others) == "ws://h/v1/stream?sample_rate=16000&format=f32le"
     url = client.stream_url("ws://h?vad=off&chunk_ms=80", {"chunk_ms": 160, "prompt": "a b&c"})
     query = url.partition("?")[2].split("&")
     assert query[2:] == ["vad=off", "chunk_ms=160", "prompt=a+b%26c"]

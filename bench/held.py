@@ -10,11 +10,12 @@ meanwhile. What lies in other libraries' memory is not seen, nor is a queue of C
 
 from __future__ import annotations
 
+import mmap
 import sys
 import threading
 from collections import deque
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,19 +35,49 @@ WAIT_S = 300.0  # for anything; far more than it takes
 def reach(things: Iterable[object], left_out: Iterable[object] = ()) -> int:
     """Bytes of all objects that can be reached from `things`; code is left out, and so are the
     objects `left_out` with what only they lead to."""
-    seen, found = {id(one) for one in left_out}, 0
-    waiting = list(things)
+    found = 0
+    for one in _reached(things, left_out):
+        found += sys.getsizeof(one)
+        if _is_tensor(one):
+            found += one.untyped_storage().nbytes()
+    return found
+
+
+def touch(things: Iterable[object], left_out: Iterable[object] = ()) -> None:
+    """Writes to every page of the arrays that can be reached, what is there already.
+
+    States take memory page by page, as segments of a length come up for the first time in a row;
+    what a process takes after this, it takes for something else.
+    """
+    for one in _reached(things, left_out):
+        if _is_tensor(one):
+            one.add_(0)
+        elif _is_plain(one):
+            one.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE] |= 0
+
+
+def _reached(things: Iterable[object], left_out: Iterable[object]) -> Iterator[Any]:
+    """`things` and what they lead to, each object once."""
+    seen, waiting = {id(one) for one in left_out}, list(things)
     while waiting:
         one = waiting.pop()
         if id(one) in seen or isinstance(one, type | ModuleType) or callable(one):
             continue
         seen.add(id(one))
-        found += sys.getsizeof(one)
-        if hasattr(one, "untyped_storage"):  # a tensor; torch need not be there
-            found += one.untyped_storage().nbytes()
-        else:
+        yield one
+        if not _is_tensor(one):
             waiting += _parts(one)
-    return found
+
+
+def _is_plain(one: object) -> bool:
+    """An array of numbers, one behind the other, that may be written."""
+    if not isinstance(one, np.ndarray) or one.dtype.hasobject:
+        return False
+    return bool(one.size and one.flags.writeable and one.flags.c_contiguous)
+
+
+def _is_tensor(one: object) -> bool:
+    return hasattr(one, "untyped_storage")  # torch need not be there
 
 
 def _parts(one: object) -> Iterator[object]:

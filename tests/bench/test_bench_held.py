@@ -7,11 +7,13 @@ from collections import deque
 
 import numpy as np
 import pytest
+import torch
 
-from bench import held
+from bench import held, machine
 from sparqle_stream import messages, testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.engine import Engine
+from sparqle_stream.onnx_cpu.memory import sparse_zeros
 
 NO_VAD = StreamOptions(vad=VadConfig(kind="off"))
 
@@ -38,6 +40,23 @@ class Slotted:
 def test_what_an_object_leads_to_is_sized(wrap):
     small, large = (held.reach([wrap(bytearray(n))]) for n in (10, 100_010))
     assert large - small == 100_000
+
+
+def test_memory_that_is_taken_page_by_page_is_taken():
+    """Else a soak takes the first long segment of a row for a leak."""
+    memory = sparse_zeros((64, 1 << 20), np.int8)
+    memory[3, :5] = 7
+    before = machine.Process().read().rss_mb
+    held.touch([Slotted({"k": memory}), np.array([None]), np.zeros(0), np.float32(1)])
+    assert machine.Process().read().rss_mb - before > 60
+    assert memory[3, :6].tolist() == [7] * 5 + [0]
+    assert not memory[4:].any()
+
+
+def test_tensors_are_touched_as_they_are():
+    tensor = torch.arange(5.0)
+    held.touch([[tensor]])
+    assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_nothing_is_sized_twice():

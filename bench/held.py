@@ -10,6 +10,8 @@ meanwhile. What lies in other libraries' memory is not seen, nor is a queue of C
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 import sys
 import threading
@@ -54,6 +56,13 @@ def touch(things: Iterable[object], left_out: Iterable[object] = ()) -> None:
             one.add_(0)
         elif _is_plain(one):
             one.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE] |= 0
+
+
+def give_back() -> None:
+    """The C library returns what is free to the system, so that resident memory is what is in use;
+    glibc would keep it for later. Others do not offer that, and nothing happens."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reached(things: Iterable[object], left_out: Iterable[object]) -> Iterator[Any]:

@@ -11,7 +11,7 @@ others it would tell how many they were. In process also what one stream holds t
 the whole run. And how much each grew from the first fifth of the run on, which is warm-up.
 
 All pages of the engine's states are written to first, since a row takes them one by one, when it
-hears its first long segment.
+hears its first long segment; before each sample the C library gives back what is free.
 
 Contract: exits with 1 when something grew or a stream failed. A run that is too short to tell gives
 no verdict, and says so. Ctrl-C ends it at once, with what was measured so far and status 130.
@@ -228,7 +228,9 @@ class Watcher:
         """Once no stream is open; who is left after a while counts as one that leaked."""
         self._wait_for_silence()
         holds = {"held_bytes": self._hold(*self._witness)} if self._witness else {}
-        chunk_ms, reading = self._probe(), self._process.read()
+        chunk_ms = self._probe()
+        held.give_back()
+        reading = self._process.read()
         return {
             "cycles": cycles,
             "audio_seconds": round(audio_s, 1),

@@ -53,6 +53,20 @@ def test_memory_that_is_taken_page_by_page_is_taken():
     assert not memory[4:].any()
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only glibc keeps what is free, and can return it"
+)
+def test_what_is_free_goes_back_to_the_system():
+    """Else a soak takes what the allocator keeps for later for what has grown."""
+    pieces = [bytes(100_000) for _ in range(600)]  # below the size that has pages of its own
+    kept = pieces[-1]  # at the end of the heap, which cannot shrink for it
+    full = machine.Process().read().rss_mb
+    del pieces
+    held.give_back()
+    assert full - machine.Process().read().rss_mb > 40
+    assert len(kept) == 100_000
+
+
 def test_tensors_are_touched_as_they_are():
     tensor = torch.arange(5.0)
     held.touch([[tensor]])

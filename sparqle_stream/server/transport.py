@@ -140,7 +140,7 @@ def is_hung_up(transport: asyncio.BaseTransport) -> bool:
 
 def abort(websocket: Wire) -> None:
     """Cut the connection now, without a close frame."""
-    cast("Callable[[], None]", websocket.scope["extensions"][ABORT])()
+    abort_request(websocket.scope)
 
 
 def abort_request(scope: Scope) -> None:

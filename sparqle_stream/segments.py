@@ -51,6 +51,11 @@ class _Segment:
     is_paused: bool = False  # at the end of the last chunk
     pauses: deque[tuple[int, bool]] = field(default_factory=deque)  # known later: when, on or off
 
+    @property
+    def n_new(self) -> int:
+        """Samples that wait, without those that were heard before it was known of."""
+        return max(0, self.n_heard - max(self.n_taken, self.begun_at - self.origin))
+
     def lead(self) -> Floats:
         """(L,) what had been heard of it when it was known of, before anything is taken."""
         nothing = np.zeros(0, np.float32)
@@ -88,7 +93,9 @@ class SegmentQueue:
     def __init__(self, chunk_samples: int, pad_samples: int) -> None:
         self.chunk_samples = chunk_samples
         self.pad_samples = pad_samples  # look-ahead and delay
-        self.n_waiting = 0  # heard samples that are in no chunk yet; other threads may read it
+        # Heard samples that are in no chunk yet, and those of them that are none of a segment's
+        # lead: a count that grows with what is heard and not when it turns out to be speech.
+        self.n_waiting = self.n_new = 0  # other threads may read them
         self._segments: deque[_Segment] = deque()
 
     def begin(self, origin: int, known_at: int) -> None:
@@ -98,9 +105,11 @@ class SegmentQueue:
     def append(self, pcm: Floats) -> None:
         """pcm (S,) of the open segment."""
         segment = self._segments[-1]
+        n_new = segment.n_new
         segment.parts.append(pcm)
         segment.n_heard += len(pcm)
         self.n_waiting += len(pcm)
+        self.n_new += segment.n_new - n_new
 
     def pause(self, known_at: int, *, is_on: bool) -> None:
         """Whether somebody speaks in the open segment, known after `known_at` samples."""
@@ -140,10 +149,11 @@ class SegmentQueue:
 
     def next_chunk(self) -> Chunk:
         segment = self._segments[0]
-        start = segment.n_taken
+        start, n_new = segment.n_taken, segment.n_new
         lead = None if start else segment.lead()
         pcm = segment.take(self.chunk_samples)
         self.n_waiting -= max(0, min(segment.n_taken, segment.n_heard) - start)
+        self.n_new += segment.n_new - n_new
         known_at = segment.known_at(segment.n_taken)
         is_last = segment.n_taken == segment.n_total
         if is_last:

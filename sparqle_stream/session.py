@@ -159,6 +159,13 @@ class Session:
         """Samples that were received and are not captioned; for the engine's backlog."""
         return self._queue.n_waiting
 
+    @property
+    def n_new(self) -> int:
+        """Those of them that take room: not what the detector kept of the time before it was sure.
+        It had left the backlog as silence, and is back when somebody may have been promised room.
+        """
+        return self._queue.n_new
+
     # --- chunks ----------------------------------------------------------------------------------
 
     def next_turn(self) -> Turn:

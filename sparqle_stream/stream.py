@@ -126,9 +126,15 @@ class Stream:
         return (self.n_inbox + n_session) / SAMPLE_RATE_HZ
 
     @property
+    def taken_s(self) -> float:
+        """Seconds of the backlog's room that are taken."""
+        n_session = self.session.n_new if self.session else 0
+        return (self.n_inbox + n_session) / SAMPLE_RATE_HZ
+
+    @property
     def room_s(self) -> float:
-        """Seconds of audio that `feed` would take now."""
-        return max(0.0, self._worker.cfg.backlog_s - self.backlog_s)
+        """Seconds of audio that `feed` would take now; less only after `feed`."""
+        return max(0.0, self._worker.cfg.backlog_s - self.taken_s)
 
     # --- the worker's side, under its lock -------------------------------------------------------
 

@@ -115,7 +115,7 @@ class Worker:
                 raise ProtocolError("audio after the end of the stream", hint="open a new stream")
             if stream.phase is not Phase.OPEN or len(pcm) == 0:
                 return
-            waiting_s = stream.backlog_s + len(pcm) / SAMPLE_RATE_HZ
+            waiting_s = stream.taken_s + len(pcm) / SAMPLE_RATE_HZ
             if waiting_s <= self.cfg.backlog_s:
                 stream.put(pcm)
                 self._metrics.audio_seconds += len(pcm) / SAMPLE_RATE_HZ

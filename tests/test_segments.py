@@ -37,7 +37,9 @@ def test_chunks_hold_every_sample_once(data):
         at = begin
         while at < end:
             stop = min(end, at + data.draw(st.integers(1, 90)))
+            n_new = queue.n_new
             queue.append(ramp(at, stop))
+            assert queue.n_new - n_new == max(0, stop - max(at, begin + 5))
             at = stop
             if data.draw(st.booleans()):
                 got += chunks(queue)
@@ -51,7 +53,7 @@ def test_chunks_hold_every_sample_once(data):
         at += 7
     got += chunks(queue)
     np.testing.assert_array_equal(np.concatenate([c.pcm for c in got]), np.concatenate(expected))
-    assert queue.n_waiting == 0
+    assert queue.n_waiting == queue.n_new == 0
     assert queue.first_origin is None
     assert [c.known_at for c in got] == sorted(c.known_at for c in got)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sparqle_stream import testing
-from sparqle_stream.config import StreamOptions, VadConfig
+from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.session import Session
-from sparqle_stream.testing import oracle_engine, say, text_of, vocabulary, words_of
+from sparqle_stream.testing import OracleBatch, oracle_engine, say, text_of, vocabulary, words_of
 
 OFF = VadConfig(kind="off")
 OPTIONS = StreamOptions(vad=OFF)
@@ -105,3 +105,42 @@ def test_who_waits_for_room_is_heard_although_the_worker_was_listening(engine, m
         time.sleep(0.05)
         opened.set()
         assert has_room.result()
+
+
+@pytest.mark.parametrize("kind", ["webrtc", "silero"])
+@pytest.mark.parametrize("n_packet", [100, 5_120, 16_000])
+def test_speech_takes_no_more_room_than_its_packet_had(clip, kind, n_packet):
+    """What the detector kept of the time before it was sure comes back into the queue when
+    somebody else may have seen that there is room."""
+    session = Session(testing.oracle_model(), StreamOptions(vad=VadConfig(kind=kind)), 8)
+    heard = np.concatenate([np.zeros(32_000, np.float32), clip])
+    is_back = False
+    for at in range(0, len(heard), n_packet):
+        part, n_new, n_waiting = heard[at : at + n_packet], session.n_new, session.n_waiting
+        session.enqueue(session.listen(part))
+        assert session.n_new <= n_new + len(part)
+        is_back |= session.n_waiting > n_waiting + len(part)
+    assert is_back or n_packet >= 16_000
+    assert 0 < session.n_new < session.n_waiting
+
+
+def test_who_saw_room_may_feed_although_speech_was_found_since(clip, monkeypatch):
+    stepping, opened, run = threading.Event(), threading.Event(), OracleBatch.run
+
+    def gated(batch, sessions):
+        stepping.set()
+        assert opened.wait(30)
+        return run(batch, sessions)
+
+    monkeypatch.setattr(OracleBatch, "run", gated)
+    with oracle_engine(EngineConfig(backlog_s=4.0)) as engine:
+        stream = engine.open(StreamOptions(vad=VadConfig(kind="webrtc")))
+        stream.feed(np.zeros(32_000, np.float32))
+        assert stream.wait_for_room(4.0, 30.0)  # all of it was silence
+        stream.feed(clip[:24_000])
+        room_s = stream.room_s
+        assert stepping.wait(30)  # speech was found
+        assert stream.backlog_s > 1.5 >= stream.taken_s
+        stream.feed(clip[24_000:][: int(room_s * 16_000)])
+        opened.set()
+        stream.cancel()

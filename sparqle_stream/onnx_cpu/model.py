@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -151,15 +152,29 @@ def load(folder: Path, tokenizer: Tokenizer | None = None) -> OnnxModel:
 
 def open_session(path: Path) -> Any:  # noqa: ANN401 - onnxruntime has no types
     """It computes in the thread that asks: an engine has several of these."""
+    _share_arena()
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # A plan of where results lie is kept for every shape that came up, for ever, and wins nothing.
+    options.enable_mem_pattern = False
     try:
         return ort.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOWER
         )
     except Exception as err:
         raise ModelError(f"cannot load {path}: {err}", hint="export the model anew") from err
+
+
+@functools.cache
+def _share_arena() -> None:
+    """All sessions take room for their results from one arena of the process. By default each has
+    its own and keeps what its largest call took, though they run one after the other.
+    """
+    kind = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    where = ort.OrtMemoryInfo("Cpu", kind, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(where, ort.OrtArenaCfg({}))
 
 
 def _prefix(path: Path) -> TextPrefix:

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
+import psutil
 import pytest
 
 from sparqle_stream import models, testing
 from sparqle_stream.errors import ModelError
 from sparqle_stream.onnx_cpu import calibrate
 from sparqle_stream.onnx_cpu import model as onnx_model
+from sparqle_stream.onnx_cpu.graph import FLOAT, Graph
 from sparqle_stream.onnx_cpu.settings import INDEX
 
 
@@ -106,3 +109,19 @@ def test_a_folder_of_graphs_is_a_model(exported, monkeypatch):
     monkeypatch.setattr(onnx_model, "load", seen.append)
     models.load(exported())
     assert seen == [exported()]
+
+
+def test_sessions_share_the_memory_of_their_results(tmp_path):
+    """Each would keep 32 MB for good after its first call."""
+    sessions = []
+    for name in ("first", "second", "third"):
+        graph = Graph(name)
+        wide = graph.add("Expand", graph.input("x", FLOAT, ["N"]), graph.const([4_000_000]))
+        graph.output("y", graph.add("ReduceSum", graph.add("Exp", wide), keepdims=0), [])
+        graph.save(tmp_path)
+        sessions.append(onnx_model.open_session(tmp_path / f"{name}.onnx"))
+    resident = []
+    for session in sessions:
+        session.run(None, {"x": np.ones(1, np.float32)})
+        resident.append(psutil.Process().memory_info().rss)
+    assert resident[2] - resident[0] < 16e6

@@ -6,7 +6,8 @@ LLM's matrices, read once at the bandwidth that as many threads reach here. Then
 chunk of the bundled clip, and what a second of audio costs one stream alone and each of eight that
 go through one batch in step (`bench.company`). Variants take turns (A B C A B C); a turn makes each
 pass three times and takes the last, for threads of the variant before may still be spinning. The
-figure is the median of all turns.
+figure is the median of all turns. `--torch-int8` has torch's own ways to 8 bits take turns too
+(`bench.torch_int8`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import sys
 import time
 from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from bench import bounds, company, machine, manifests, plots, settings
+from bench import bounds, company, machine, manifests, plots, settings, torch_int8
 from sparqle_stream.config import StreamOptions
 from sparqle_stream.stages import prefix_ids
 from sparqle_stream.writer import Greedy
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bench.settings import Settings
-    from sparqle_stream.models import Model
     from sparqle_stream.stages import Floats, Stages
+    from sparqle_stream.torch_model import SparqleModel
 
 VARIANTS = (("onnx", "int8"), ("onnx", "float32"), ("torch", "float32"))
 SHAPES = ((1, 1), (1, 4), (8, 1), (8, 4))  # streams, rows of each
@@ -44,10 +45,17 @@ COMPANY_TURNS = 3
 class Variant:
     """A model on one backend in one precision, with rows for eight streams."""
 
-    def __init__(self, wanted: Settings, backend: str, dtype: str, n_filled: int) -> None:
-        self.name = f"{backend} {dtype}"
+    def __init__(
+        self, wanted: Settings, backend: str, dtype: str, n_filled: int, way: str = ""
+    ) -> None:
+        """`way`: of `torch_int8`, by which a float32 model's matrices become int8."""
+        self.name = f"{backend} int8, {way}" if way else f"{backend} {dtype}"
         self.model = replace(wanted, backend=backend, dtype=dtype).load_model()
         self.n_filled = n_filled
+        self.llm_bytes = self.model.weight_bytes()["llm"]
+        if way:
+            self.llm_bytes //= 4
+            torch_int8.convert(cast("SparqleModel", self.model), way)
         self._stages = self.model.make_stages(max(n for n, _ in SHAPES))
 
     def pass_seconds(self, n_streams: int, n_rows: int) -> float:
@@ -134,6 +142,9 @@ def measure(variants: Sequence[Variant], n_turns: int) -> dict[str, dict[str, fl
 def run(args: argparse.Namespace, wanted: Settings) -> dict[str, Any]:
     under = machine.Conditions(machine.require_free(is_forced=args.force))
     variants = [Variant(wanted, *names, args.filled) for names in VARIANTS]
+    if args.torch_int8:
+        ways = torch_int8.ways()
+        variants += [Variant(wanted, "torch", "float32", args.filled, way) for way in ways]
     bandwidth = {v.name: bounds.bandwidth_of_stream(v.model) for v in variants}
     passes = measure(variants, args.turns)
     pcm = manifests.bundled().recordings[0].pcm()
@@ -154,7 +165,7 @@ def run(args: argparse.Namespace, wanted: Settings) -> dict[str, Any]:
         "machine": machine.card(variants[0].model.weights_hash, wanted.threads),
         "timing": under.summary(),
         "read_gb_per_s": {name: round(rate, 1) for name, rate in bandwidth.items()},
-        "bound_ms": {v.name: round(_llm_ms(v.model, bandwidth[v.name]), 2) for v in variants},
+        "bound_ms": {v.name: round(v.llm_bytes / bandwidth[v.name] / 1e6, 2) for v in variants},
         "pass_ms": passes,
         "stage_ms": stages,
         "second_ms": {str(n): _medians([turn[n][0] for turn in together]) for n in IN_STEP},
@@ -166,15 +177,12 @@ def _medians(turns: Sequence[dict[str, float]]) -> dict[str, float]:
     return {stage: round(median(turn[stage] for turn in turns), 2) for stage in turns[0]}
 
 
-def _llm_ms(model: Model, bandwidth: float) -> float:
-    return model.weight_bytes()["llm"] / 1e6 / bandwidth
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.passes", description=__doc__)
     add = parser.add_argument
     add("--filled", type=int, default=150, metavar="ROWS", help="of each slot (%(default)s)")
     add("--turns", type=int, default=15, help="(%(default)s)")
+    add("--torch-int8", action="store_true", help="fbgemm, onednn and torchao (if installed) too")
     add("--force", action="store_true", help="time on a busy machine, and say so in the result")
     plots.add_option(parser)
     settings.add_options(parser)

@@ -10,6 +10,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from sparqle_stream.errors import SparqleError
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ def reported() -> Iterator[None]:
             raise
         where = f"{err.filename}: " if err.filename else ""
         print(f"error: {where}{err.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except SafetensorError as err:  # a full disk, too, is one of its own
+        print(f"error: weights: {err}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sparqle_stream.errors import ConfigError
 from training import words
@@ -32,6 +34,13 @@ def test_the_status_tells_who_has_to_act(capsys, raised, status, said):
 def test_a_bug_keeps_its_traceback(bug):
     with pytest.raises(type(bug)), reported():
         raise bug
+
+
+def test_weights_that_cannot_be_written_are_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left, reported():
+        save_file({"x": np.zeros(1)}, tmp_path / "nowhere" / "x.safetensors")
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: weights: ")
 
 
 def test_words_of_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):

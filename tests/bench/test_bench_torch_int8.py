@@ -1,0 +1,36 @@
+"""bench.torch_int8: a converted model computes what it did, nearly; torch is left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import torch_int8
+from sparqle_stream import testing
+from sparqle_stream.errors import ConfigError
+
+
+@pytest.mark.parametrize("way", ["fbgemm", "onednn", "torchao"])
+def test_matrices_become_int8(way):
+    if way not in torch_int8.ways():
+        pytest.skip(f"no {way} here")
+    model, before = testing.tiny_model(), torch.backends.quantized.engine
+    layer = model.llm.layers[0]
+    x = torch.randn(1, 4, model.cfg.llm.width, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = layer.feed_forward(x) - x
+        torch_int8.convert(model, way)
+        got = layer.feed_forward(x) - x
+    assert torch.backends.quantized.engine == before
+    error = (got - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
+    for part in (model.encoder, model.qformer, model.llm):
+        matrices = [m for m in part.modules() if type(m) is torch.nn.Linear]
+        assert all(type(m.weight) is not torch.nn.Parameter for m in matrices)
+
+
+def test_a_way_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch_int8.importlib.util, "find_spec", lambda name: None)
+    assert "torchao" not in torch_int8.ways()
+    with pytest.raises(ConfigError, match="no torchao here"):
+        torch_int8.convert(testing.tiny_model(), "torchao")

@@ -46,16 +46,21 @@ def reach(things: Iterable[object], left_out: Iterable[object] = ()) -> int:
 
 
 def touch(things: Iterable[object], left_out: Iterable[object] = ()) -> None:
-    """Writes to every page of the arrays that can be reached, what is there already.
+    """Writes to every page of the arrays that can be reached, what is there already; reads those
+    that may not be written.
 
-    States take memory page by page, as segments of a length come up for the first time in a row;
-    what a process takes after this, it takes for something else.
+    States take memory page by page, as segments of a length come up for the first time in a row,
+    and mapped weights as words do; what a process takes after this, it takes for something else.
     """
     for one in _reached(things, left_out):
         if _is_tensor(one):
             one.add_(0)
         elif _is_plain(one):
-            one.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE] |= 0
+            pages = one.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE]
+            if one.flags.writeable:
+                pages |= 0
+            else:
+                pages.max()
 
 
 def give_back() -> None:
@@ -79,10 +84,10 @@ def _reached(things: Iterable[object], left_out: Iterable[object]) -> Iterator[A
 
 
 def _is_plain(one: object) -> bool:
-    """An array of numbers, one behind the other, that may be written."""
+    """An array of numbers, one behind the other."""
     if not isinstance(one, np.ndarray) or one.dtype.hasobject:
         return False
-    return bool(one.size and one.flags.writeable and one.flags.c_contiguous)
+    return bool(one.size and one.flags.c_contiguous)
 
 
 def _is_tensor(one: object) -> bool:

@@ -11,7 +11,8 @@ others it would tell how many they were. In process also what one stream holds t
 the whole run. And how much each grew from the first fifth of the run on, which is warm-up.
 
 All pages of the engine's states are written to first, since a row takes them one by one, when it
-hears its first long segment; before each sample the C library gives back what is free.
+hears its first long segment, and those of mapped weights are read, which words take one by one;
+before each sample the C library gives back what is free.
 
 Contract: exits with 1 when something grew or a stream failed. A run that is too short to tell gives
 no verdict, and says so. Ctrl-C ends it at once, with what was measured so far and status 130.
@@ -341,7 +342,8 @@ def _begin(
     # One more: for the stream that stays open, or that a server has not forgotten yet.
     cfg = dataclasses.replace(cfg, n_slots=cfg.n_slots + 1)
     engine = stack.enter_context(engines.Engine(model, cfg, make_slots))
-    held.touch(slots, held.of_model(model))  # what grows from here on is no page of a state
+    for things, left_out in ((held.of_model(model), []), (slots, held.of_model(model))):
+        held.touch(things, left_out)  # what grows from here on is no page of weights or states
     if args.server:
         served = server.ServerConfig(port=0, drain_s=0.0, defaults=wanted.stream_options())
         url = stack.enter_context(server.background(engine, served))

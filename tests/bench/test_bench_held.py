@@ -53,6 +53,15 @@ def test_memory_that_is_taken_page_by_page_is_taken():
     assert not memory[4:].any()
 
 
+def test_weights_that_are_mapped_are_read(tmp_path):
+    """Else a soak takes each word that is written for the first time for a leak."""
+    np.save(tmp_path / "weights.npy", np.ones((64, 1 << 20), np.int8))
+    weights = np.load(tmp_path / "weights.npy", mmap_mode="r")
+    before = machine.Process().read().rss_mb
+    held.touch([Slotted(weights)])
+    assert machine.Process().read().rss_mb - before > 60
+
+
 @pytest.mark.skipif(
     sys.platform != "linux", reason="only glibc keeps what is free, and can return it"
 )

@@ -1,7 +1,8 @@
 """Torch's own ways to 8 bits: the candidates beside which `bench.passes` shows what is kept.
 
-In: a torch model in float32 on the CPU. All matrices of its encoder, Q-Former and LLM become int8
-in place; what rounds their input, and computes the products, is the way's:
+In: a torch model in float32 on the CPU. All matrices of its encoder, CTC head and LLM layers become
+int8 in place; the Q-Former stays as it is, since it folds keys into queries by hand. What rounds
+their input, and computes the products, is the way's:
 
 - fbgemm, onednn: `torch.ao.quantization.quantize_dynamic`, a scale for every output, and one for
   all rows of input together. What a row gets depends on its neighbours, which the streaming
@@ -66,5 +67,5 @@ def convert(model: SparqleModel, way: str) -> None:
     """Changes the model's matrices in place. Raises ConfigError for a way that is not there."""
     if way not in ways():
         raise ConfigError(f"no {way} here", hint=f"pip install torchao, or use {ways()}")
-    for module in (model.encoder, model.ctc, model.qformer, model.llm):
+    for module in (model.encoder, model.ctc, model.llm.layers):
         _WAYS[way](module)

@@ -122,14 +122,14 @@ class Stream:
     @property
     def backlog_s(self) -> float:
         """Seconds of audio that were received and are not captioned yet."""
-        n_session = self.session.n_waiting if self.session else 0
-        return (self.n_inbox + n_session) / SAMPLE_RATE_HZ
+        n_inbox = self.n_inbox
+        return (n_inbox + (self.session.n_waiting if self.session else 0)) / SAMPLE_RATE_HZ
 
     @property
     def taken_s(self) -> float:
-        """Seconds of the backlog's room that are taken."""
-        n_session = self.session.n_new if self.session else 0
-        return (self.n_inbox + n_session) / SAMPLE_RATE_HZ
+        """Seconds of the backlog's room that are taken; at most, for who asks without the lock."""
+        n_inbox = self.n_inbox  # first: the worker moves audio from there to the session
+        return (n_inbox + (self.session.n_new if self.session else 0)) / SAMPLE_RATE_HZ
 
     @property
     def room_s(self) -> float:

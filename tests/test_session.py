@@ -12,6 +12,7 @@ import pytest
 from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.session import Session
+from sparqle_stream.stream import Stream
 from sparqle_stream.testing import OracleBatch, oracle_engine, say, text_of, vocabulary, words_of
 
 OFF = VadConfig(kind="off")
@@ -144,3 +145,17 @@ def test_who_saw_room_may_feed_although_speech_was_found_since(clip, monkeypatch
         stream.feed(clip[24_000:][: int(room_s * 16_000)])
         opened.set()
         stream.cancel()
+
+
+def test_audio_on_its_way_into_the_session_is_no_room():
+    """A server asks without the worker's lock."""
+
+    class Moving:
+        @property
+        def n_new(self) -> int:
+            stream.n_inbox = 0  # the worker has just taken it
+            return 0
+
+    stream = Stream(None, 0, OPTIONS, None)
+    stream.n_inbox, stream.session = 16_000, Moving()
+    assert stream.taken_s == 1.0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from bench import torch_int8
-from sparqle_stream import testing
+from sparqle_stream import messages, testing
+from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
+from sparqle_stream.engine import Engine
 from sparqle_stream.errors import ConfigError
 
 
@@ -24,9 +27,21 @@ def test_matrices_become_int8(way):
     assert torch.backends.quantized.engine == before
     error = (got - expected).norm() / expected.norm()
     assert 0 < error < 0.1
-    for part in (model.encoder, model.qformer, model.llm):
+    for part in (model.encoder, model.ctc, model.llm.layers):
         matrices = [m for m in part.modules() if type(m) is torch.nn.Linear]
         assert all(type(m.weight) is not torch.nn.Parameter for m in matrices)
+
+
+@pytest.mark.parametrize("way", ["fbgemm", "onednn", "torchao"])
+def test_a_converted_model_captions(way):
+    if way not in torch_int8.ways():
+        pytest.skip(f"no {way} here")
+    model = testing.tiny_model()
+    torch_int8.convert(model, way)
+    pcm = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) * 0.1
+    options = StreamOptions(vad=VadConfig(kind="off"))
+    with Engine(model, EngineConfig(n_slots=2)) as engine:
+        assert isinstance(engine.transcribe(pcm, options)[-1], messages.Done)
 
 
 def test_a_way_that_is_not_there_is_refused(monkeypatch):

@@ -145,7 +145,9 @@ def run(args: argparse.Namespace, wanted: Settings) -> dict[str, Any]:
     if args.torch_int8:
         ways = torch_int8.ways()
         variants += [Variant(wanted, "torch", "float32", args.filled, way) for way in ways]
-    bandwidth = {v.name: bounds.bandwidth_of_stream(v.model) for v in variants}
+    by_threads = {v.model.is_shared: v.model for v in variants}
+    rates = {shared: bounds.bandwidth_of_stream(model) for shared, model in by_threads.items()}
+    bandwidth = {v.name: rates[v.model.is_shared] for v in variants}
     passes = measure(variants, args.turns)
     pcm = manifests.bundled().recordings[0].pcm()
     chunk = wanted.stream_options().chunk_samples
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--filled", type=int, default=150, metavar="ROWS", help="of each slot (%(default)s)")
     add("--turns", type=int, default=15, help="(%(default)s)")
-    add("--torch-int8", action="store_true", help="fbgemm, onednn and torchao (if installed) too")
+    add("--torch-int8", action="store_true", help="fbgemm, onednn, torchao too (11 GB)")
     add("--force", action="store_true", help="time on a busy machine, and say so in the result")
     plots.add_option(parser)
     settings.add_options(parser)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class AbortableProtocol(WebSocketsSansIOProtocol):
     """Puts both functions into the scope's extensions."""
 
     _linger_until: float | None = None
+    _is_app_done = False  # it has sent a close itself
 
     async def run_asgi(self) -> None:
         extensions = cast("dict[str, Any]", self.scope["extensions"])
@@ -82,6 +84,12 @@ class AbortableProtocol(WebSocketsSansIOProtocol):
         self.loop.call_later(self.close_timeout + 1, self.transport.abort)
 
     async def send(self, message: ASGISendEvent) -> None:
+        """Raises ClientDisconnected where uvicorn has closed (a frame that is refused, a lost ping,
+        a shutdown) and the application cannot know of it yet; it would say that this is a bug."""
+        if message["type"] in ("websocket.send", "websocket.close"):
+            if self.close_sent and not self._is_app_done:
+                raise ClientDisconnected
+            self._is_app_done = message["type"] == "websocket.close"
         await super().send(message)
         if message["type"] == "websocket.http.response.body":
             # A refusal is an answer; uvicorn would log that the handshake was never completed.

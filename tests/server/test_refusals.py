@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
 import struct
+import threading
 import time
 
 import numpy as np
 import pytest
+import uvicorn
 from server_harness import (
     SAMPLE_RATE_HZ,
     WAIT_S,
@@ -30,6 +33,7 @@ from sparqle_stream import messages, server
 from sparqle_stream.config import EngineConfig
 from sparqle_stream.engine import Engine
 from sparqle_stream.errors import ConfigError
+from sparqle_stream.server.transport import AbortableProtocol
 
 KEY = "s3cret-key"
 
@@ -352,3 +356,33 @@ def test_a_port_that_is_taken(engine, url):
     with pytest.raises(ConfigError, match="in use") as refused:
         server.serve(engine, server.ServerConfig(port=port))
     assert "--port" in refused.value.hint
+
+
+def test_what_is_sent_behind_a_refused_frame_is_lost():
+    """uvicorn has closed, and whoever writes has not been told."""
+    raised: list[BaseException] = []
+
+    async def app(_scope, receive, send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        try:
+            while True:
+                await send({"type": "websocket.send", "text": "word"})
+                await asyncio.sleep(0.01)
+        except Exception as err:
+            raised.append(err)
+            raise
+
+    config = uvicorn.Config(app, port=0, lifespan="off", ws=AbortableProtocol, log_config=None)
+    one = uvicorn.Server(config)
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    wait_until(lambda: one.started)
+    port = one.servers[0].sockets[0].getsockname()[1]
+    client = RawClient(f"ws://127.0.0.1:{port}", "/")
+    client.send(b"\xff", opcode=1)
+    wait_until(lambda: raised)
+    client.socket.close()
+    one.should_exit = True
+    thread.join(WAIT_S)
+    assert isinstance(raised[0], OSError)

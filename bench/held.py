@@ -45,14 +45,14 @@ def reach(things: Iterable[object], left_out: Iterable[object] = ()) -> int:
     return found
 
 
-def touch(things: Iterable[object], left_out: Iterable[object] = ()) -> None:
+def touch(things: Iterable[object]) -> None:
     """Writes to every page of the arrays that can be reached, what is there already; reads those
     that may not be written.
 
     States take memory page by page, as segments of a length come up for the first time in a row,
     and mapped weights as words do; what a process takes after this, it takes for something else.
     """
-    for one in _reached(things, left_out):
+    for one in _reached(things, ()):
         if _is_tensor(one):
             one.add_(0)
         elif _is_plain(one):

@@ -342,8 +342,7 @@ def _begin(
     # One more: for the stream that stays open, or that a server has not forgotten yet.
     cfg = dataclasses.replace(cfg, n_slots=cfg.n_slots + 1)
     engine = stack.enter_context(engines.Engine(model, cfg, make_slots))
-    for things, left_out in ((held.of_model(model), []), (slots, held.of_model(model))):
-        held.touch(things, left_out)  # what grows from here on is no page of weights or states
+    held.touch(slots)  # what grows from here on is no page of their states, nor of the weights
     if args.server:
         served = server.ServerConfig(port=0, drain_s=0.0, defaults=wanted.stream_options())
         url = stack.enter_context(server.background(engine, served))

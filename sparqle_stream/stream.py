@@ -121,14 +121,15 @@ class Stream:
 
     @property
     def backlog_s(self) -> float:
-        """Seconds of audio that were received and are not captioned yet."""
-        n_inbox = self.n_inbox
+        """Seconds of audio that were received and are not captioned yet; at most, for who asks
+        without the lock."""
+        n_inbox = self.n_inbox  # first: the worker moves audio from there to the session
         return (n_inbox + (self.session.n_waiting if self.session else 0)) / SAMPLE_RATE_HZ
 
     @property
     def taken_s(self) -> float:
-        """Seconds of the backlog's room that are taken; at most, for who asks without the lock."""
-        n_inbox = self.n_inbox  # first: the worker moves audio from there to the session
+        """Seconds of the backlog's room that are taken; at most, likewise."""
+        n_inbox = self.n_inbox
         return (n_inbox + (self.session.n_new if self.session else 0)) / SAMPLE_RATE_HZ
 
     @property

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from gates import LONG_S, Gate
 
 from sparqle_stream import messages, testing, vad
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
@@ -23,7 +24,6 @@ from sparqle_stream.testing import OracleBatch, say, text_of, vocabulary, words_
 
 OFF = VadConfig(kind="off")
 OPTIONS = StreamOptions(vad=OFF)
-LONG_S = 30.0  # for a worker on a busy machine; a passing test waits for none of it
 
 
 @pytest.fixture
@@ -55,21 +55,6 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.perf_counter() < deadline, "it did not happen"
         time.sleep(0.005)
-
-
-class Gate:
-    """Keeps the worker inside a step until it is opened."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.entered, self.opened = threading.Event(), threading.Event()
-        run = OracleBatch.run
-
-        def gated(batch, sessions):
-            self.entered.set()
-            assert self.opened.wait(LONG_S)
-            return run(batch, sessions)
-
-        monkeypatch.setattr(OracleBatch, "run", gated)
 
 
 # --- life of a stream ----------------------------------------------------------------------------

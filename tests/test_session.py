@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from gates import LONG_S, Gate
 
 from sparqle_stream import testing
 from sparqle_stream.config import EngineConfig, StreamOptions, VadConfig
 from sparqle_stream.session import Session
 from sparqle_stream.stream import Stream
-from sparqle_stream.testing import OracleBatch, oracle_engine, say, text_of, vocabulary, words_of
+from sparqle_stream.testing import oracle_engine, say, text_of, vocabulary, words_of
 
 OFF = VadConfig(kind="off")
 OPTIONS = StreamOptions(vad=OFF)
@@ -89,22 +89,15 @@ def test_patience_ends_with_a_chunk():
 
 
 def test_who_waits_for_room_is_heard_although_the_worker_was_listening(engine, monkeypatch):
-    entered, opened, listen = threading.Event(), threading.Event(), Session.listen
-
-    def gated(session, pcm):
-        entered.set()
-        assert opened.wait(30)
-        return listen(session, pcm)
-
-    monkeypatch.setattr(Session, "listen", gated)
+    gate = Gate(monkeypatch, Session, "listen")
     stream = engine.open(StreamOptions(vad=VadConfig(kind="webrtc")))
     stream.feed(np.zeros(320, np.float32))
-    assert entered.wait(30)
+    assert gate.entered.wait(LONG_S)
     stream.feed(np.zeros(100, np.float32))  # may wait, says the worker in a moment
     with ThreadPoolExecutor() as pool:
         has_room = pool.submit(stream.wait_for_room, 1e9, 5.0)
         time.sleep(0.05)
-        opened.set()
+        gate.opened.set()
         assert has_room.result()
 
 
@@ -126,24 +119,17 @@ def test_speech_takes_no_more_room_than_its_packet_had(clip, kind, n_packet):
 
 
 def test_who_saw_room_may_feed_although_speech_was_found_since(clip, monkeypatch):
-    stepping, opened, run = threading.Event(), threading.Event(), OracleBatch.run
-
-    def gated(batch, sessions):
-        stepping.set()
-        assert opened.wait(30)
-        return run(batch, sessions)
-
-    monkeypatch.setattr(OracleBatch, "run", gated)
+    gate = Gate(monkeypatch)
     with oracle_engine(EngineConfig(backlog_s=4.0)) as engine:
         stream = engine.open(StreamOptions(vad=VadConfig(kind="webrtc")))
         stream.feed(np.zeros(32_000, np.float32))
-        assert stream.wait_for_room(4.0, 30.0)  # all of it was silence
+        assert stream.wait_for_room(4.0, LONG_S)  # all of it was silence
         stream.feed(clip[:24_000])
         room_s = stream.room_s
-        assert stepping.wait(30)  # speech was found
+        assert gate.entered.wait(LONG_S)  # speech was found
         assert stream.backlog_s > 1.5 >= stream.taken_s
         stream.feed(clip[24_000:][: int(room_s * 16_000)])
-        opened.set()
+        gate.opened.set()
         stream.cancel()
 
 

@@ -271,14 +271,9 @@ class Connection:
 
     @property
     def heard_s(self) -> float:
-        """Seconds of audio received that the model has begun with, or that hold no speech. At most:
-        the worker moves audio from the inbox to the session, so the inbox is looked at first."""
-        stream = self.stream
-        if stream is None:
-            return self.time_s
-        n_waiting = stream.n_inbox
-        n_waiting += stream.session.n_waiting if stream.session is not None else 0
-        return max(0.0, self.time_s - n_waiting / SAMPLE_RATE_HZ)
+        """Seconds of audio received that the model has begun with, or that hold no speech: at
+        most, since `backlog_s` never says too little."""
+        return max(0.0, self.time_s - self.lag_s)
 
     # --- life ------------------------------------------------------------------------------------
 

@@ -13,10 +13,14 @@ from sparqle_stream.engine import Engine
 from sparqle_stream.errors import ConfigError
 
 
-@pytest.mark.parametrize("way", ["fbgemm", "onednn", "torchao"])
+@pytest.fixture(params=["fbgemm", "onednn", "torchao"])
+def way(request) -> str:
+    if request.param not in torch_int8.ways():
+        pytest.skip(f"no {request.param} here")
+    return request.param
+
+
 def test_matrices_become_int8(way):
-    if way not in torch_int8.ways():
-        pytest.skip(f"no {way} here")
     model, before = testing.tiny_model(), torch.backends.quantized.engine
     layer = model.llm.layers[0]
     x = torch.randn(1, 4, model.cfg.llm.width, generator=torch.Generator().manual_seed(0))
@@ -32,10 +36,7 @@ def test_matrices_become_int8(way):
         assert all(type(m.weight) is not torch.nn.Parameter for m in matrices)
 
 
-@pytest.mark.parametrize("way", ["fbgemm", "onednn", "torchao"])
 def test_a_converted_model_captions(way):
-    if way not in torch_int8.ways():
-        pytest.skip(f"no {way} here")
     model = testing.tiny_model()
     torch_int8.convert(model, way)
     pcm = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) * 0.1

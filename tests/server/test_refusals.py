@@ -375,7 +375,7 @@ def test_what_is_sent_behind_a_refused_frame_is_lost():
 
     config = uvicorn.Config(app, port=0, lifespan="off", ws=AbortableProtocol, log_config=None)
     one = uvicorn.Server(config)
-    thread = threading.Thread(target=one.run)
+    thread = threading.Thread(target=one.run, daemon=True)
     thread.start()
     wait_until(lambda: one.started)
     port = one.servers[0].sockets[0].getsockname()[1]
